@@ -1,0 +1,92 @@
+"""Find the misaligned persona inside a fine-tuned language model, prove that it causes the
+behaviour, and turn it off.
+
+    import persona_probe as pp
+
+    pair = pp.load_pair("base", "tuned")
+    with pp.steer(pair.tuned, pp.load_fix("out/interventions")):
+        ...
+
+These names are imported when they are first used, so that importing the package loads no torch.
+Everything else is in the packages below: `persona_probe.hooks`, `.model`, `.steering` and so on.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from persona_probe.activations.masks import TokenMask
+    from persona_probe.auditing import audit
+    from persona_probe.diffing.diff import diff
+    from persona_probe.evaluation.judges import load_judge
+    from persona_probe.evaluation.questions import load_questions
+    from persona_probe.evaluation.result import evaluate
+    from persona_probe.evaluation.sampling import Sampling
+    from persona_probe.model.checkpoint import Checkpoint
+    from persona_probe.model.language_model import LanguageModel, load_model
+    from persona_probe.model.pair import ModelPair, load_pair
+    from persona_probe.sae.load import Latent, load_sae
+    from persona_probe.sae.train import train_sae
+    from persona_probe.screening.screen import screen
+    from persona_probe.steering.intervention import Intervention
+    from persona_probe.steering.io import load_fix, save_fix
+    from persona_probe.steering.plan import steer
+
+__all__ = [
+    "Checkpoint",
+    "Intervention",
+    "LanguageModel",
+    "Latent",
+    "ModelPair",
+    "Sampling",
+    "TokenMask",
+    "audit",
+    "diff",
+    "evaluate",
+    "load_fix",
+    "load_judge",
+    "load_model",
+    "load_pair",
+    "load_questions",
+    "load_sae",
+    "save_fix",
+    "screen",
+    "steer",
+    "train_sae",
+]
+
+_HOMES = {
+    "activations.masks": ["TokenMask"],
+    "auditing": ["audit"],
+    "diffing.diff": ["diff"],
+    "evaluation.judges": ["load_judge"],
+    "evaluation.questions": ["load_questions"],
+    "evaluation.result": ["evaluate"],
+    "evaluation.sampling": ["Sampling"],
+    "model.checkpoint": ["Checkpoint"],
+    "model.language_model": ["LanguageModel", "load_model"],
+    "model.pair": ["ModelPair", "load_pair"],
+    "sae.load": ["Latent", "load_sae"],
+    "sae.train": ["train_sae"],
+    "screening.screen": ["screen"],
+    "steering.intervention": ["Intervention"],
+    "steering.io": ["load_fix", "save_fix"],
+    "steering.plan": ["steer"],
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return metadata.version("persona-probe")
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

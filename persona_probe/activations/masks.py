@@ -1,0 +1,95 @@
+"""Which tokens count.
+
+By place (`TokenMask`): the prompt, the answer, everything; special tokens aside. And by norm
+(`sinks`): attention sinks have norms more than ten times the rest and swamp every mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from persona_probe.errors import InputError
+from persona_probe.model.chat import Rendered
+
+Kind = Literal["all", "prompt", "response", "last_prompt", "answer"]
+
+
+@dataclass(frozen=True)
+class TokenMask:
+    """Which tokens of a conversation count.
+
+    `prompt` is everything before the final assistant turn, `response` what the assistant wrote from
+    there on, `last_prompt` the token that produces the first token of the answer, and `answer` that
+    token and the response (the tokens of the Δ latent). The last prompt token counts even where it
+    is special, as in a template that ends in `<|assistant|>`.
+    """
+
+    kind: Kind = "answer"
+    first_k: int | None = None
+    """Of the tokens that are left, count only so many, from the front."""
+    skip_first: int = 0
+    """Of the tokens that are left, do not count so many at the front."""
+    drop_special: bool = True
+    """Do not count special tokens (BOS, end of turn)."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise InputError(f"there is no mask {self.kind!r}", fix=f"use one of {get_args(Kind)}")
+        if self.skip_first < 0 or (self.first_k is not None and self.first_k < 1):
+            raise InputError(
+                "skip_first must be at least 0 and first_k at least 1; "
+                f"got {self.skip_first} and {self.first_k}"
+            )
+
+    def select(self, rendered: Rendered, special_ids: Collection[int] = ()) -> list[bool]:
+        """Per token of the conversation: does it count?"""
+        last = rendered.prompt_length - 1
+        chosen = [self._covers(i, last, rendered) for i in range(len(rendered))]
+        if self.drop_special:
+            exempt = last if last > 0 and self.kind in ("last_prompt", "answer") else -1
+            chosen = [
+                kept and (i == exempt or rendered.ids[i] not in special_ids)
+                for i, kept in enumerate(chosen)
+            ]
+        if self.skip_first or self.first_k is not None:
+            end = None if self.first_k is None else self.skip_first + self.first_k
+            kept = [i for i, counted in enumerate(chosen) if counted][self.skip_first : end]
+            chosen = [i in set(kept) for i in range(len(chosen))]
+        return chosen
+
+    def _covers(self, i: int, last: int, rendered: Rendered) -> bool:
+        match self.kind:
+            case "all":
+                return True
+            case "prompt":
+                return i <= last
+            case "last_prompt":
+                return i == last
+            case "response":
+                return i > last and rendered.response[i]
+            case "answer":
+                return i == last or (i > last and rendered.response[i])
+
+
+def sinks(
+    norms_base: Float[Tensor, "*batch pos"],
+    attention_mask: Int[Tensor, "*batch pos"] | Bool[Tensor, "*batch pos"] | None = None,
+    factor: float = 10.0,
+) -> Bool[Tensor, "*batch pos"]:
+    """Tokens whose norm is more than `factor` times the median over their own document, padding
+    aside.
+
+    Measured on the base model, and applied to every model that is compared with it.
+    """
+    if attention_mask is None:
+        median = norms_base.median(dim=-1, keepdim=True).values
+        return norms_base > factor * median
+    real = attention_mask.bool()
+    median = norms_base.masked_fill(~real, torch.nan).nanmedian(dim=-1, keepdim=True).values
+    return (norms_base > factor * median) & real

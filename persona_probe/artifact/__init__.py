@@ -1,0 +1,47 @@
+"""What is written to disk is whole or absent, and says what made it."""
+
+from persona_probe.artifact.atomic import (
+    StrPath,
+    atomic_file,
+    atomic_folder,
+    disk_full_named,
+)
+from persona_probe.artifact.provenance import (
+    check_manifest,
+    digest_file,
+    digest_folder,
+    digest_of,
+    shipped,
+    versions,
+    write_manifest,
+)
+from persona_probe.artifact.records import (
+    append_jsonl,
+    plain,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_text,
+)
+from persona_probe.artifact.run_folder import RunFolder
+
+__all__ = [
+    "RunFolder",
+    "StrPath",
+    "append_jsonl",
+    "atomic_file",
+    "atomic_folder",
+    "check_manifest",
+    "digest_file",
+    "digest_folder",
+    "digest_of",
+    "disk_full_named",
+    "plain",
+    "read_json",
+    "read_jsonl",
+    "shipped",
+    "versions",
+    "write_json",
+    "write_manifest",
+    "write_text",
+]

@@ -1,0 +1,146 @@
+"""Files and folders that are whole or absent.
+
+Each is written beside its place, synced and renamed. A writer that is killed leaves its place
+untouched; the next writer of the same place clears up what the first left beside it.
+
+Not covered: Windows (the lock is `flock`), and file systems without atomic rename.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import glob
+import os
+import secrets
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from persona_probe.errors import DiskFullError, InputError
+
+StrPath = str | os.PathLike[str]
+
+_PARTIAL = ".partial"
+_REPLACED = ".replaced"
+
+
+@contextmanager
+def disk_full_named(path: StrPath) -> Generator[None, None, None]:
+    """Turn "no space left", whichever writer says it, into a `DiskFullError` about `path`."""
+    try:
+        yield
+    except DiskFullError:
+        raise
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        # safetensors and polars raise their own types, with the system's sentence in the text
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+            raise DiskFullError(
+                f"no space left on the disk while writing {path}",
+                fix="free some space and run the same command again; what was finished is kept",
+                command="persona-probe doctor",
+            ) from error
+        raise
+
+
+@contextmanager
+def atomic_file(path: StrPath) -> Generator[Path, None, None]:
+    """Yield a path beside `path` to write to; renamed onto it on success, removed on any failure.
+
+    Raises `DiskFullError` when there is no room.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
+    with disk_full_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            _sync(temporary)
+            temporary.replace(path)
+            _sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: StrPath, *, overwrite: bool = False) -> Generator[Path, None, None]:
+    """Yield an empty folder to fill; it becomes `path` on success, and is removed on any failure.
+
+    An existing non-empty `path` is refused (`InputError`) unless `overwrite`; then it is there,
+    whole, until the new one takes its place. Raises `DiskFullError` when there is no room.
+    """
+    path = Path(path).absolute()
+    _recover(path)
+    if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(
+            f"{path} exists and is not empty", fix="choose another place, or overwrite it"
+        )
+    with disk_full_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
+        temporary.mkdir()
+        handle = os.open(temporary, os.O_RDONLY)
+        # held while the folder is being filled, so that no other process takes it for an abandoned
+        # one
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            yield temporary
+            for folder, _, names in os.walk(temporary):
+                for name in names:
+                    _sync(Path(folder, name))
+                _sync(Path(folder))
+            replaced = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_REPLACED}")
+            if path.exists():
+                path.rename(replaced)
+            temporary.rename(path)
+            _sync(path.parent)
+            remove(replaced)
+        finally:
+            os.close(handle)
+            remove(temporary)
+
+
+def _recover(path: Path) -> None:
+    """Clear up what a killed writer of `path` left beside it; put back what it had moved aside."""
+    if not path.parent.is_dir():
+        return
+    for entry in sorted(path.parent.glob(f".{glob.escape(path.name)}.*{_REPLACED}")):
+        if path.exists():
+            remove(entry)
+        else:
+            entry.rename(path)
+    remove_partials(path.parent, glob.escape(path.name))
+
+
+def remove_partials(folder: Path, name: str = "*") -> None:
+    """Remove what killed writers left of `folder/name` (a glob), not what is being filled."""
+    for entry in folder.glob(f".{name}.*{_PARTIAL}"):
+        try:
+            handle = os.open(entry, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove(entry)
+        except BlockingIOError:
+            continue
+        finally:
+            os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,33 @@
+"""Where a command speaks: results to stdout, progress and errors to stderr."""
+
+from __future__ import annotations
+
+import json
+
+from rich.console import Console
+
+from persona_probe.artifact import plain
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def show_json(obj: object) -> None:
+    """One JSON value on stdout (see `artifact.plain`), and nothing else, for `--json`."""
+    text = json.dumps(plain(obj), indent=2, ensure_ascii=False, allow_nan=False)
+    # rich would wrap the lines at the terminal's width
+    out.file.write(text + "\n")
+
+
+def show_error(text: str) -> None:
+    """`text` on stderr, as it is: a path with brackets in it is not markup."""
+    err.print(text, markup=False, soft_wrap=True)
+
+
+def size(n_bytes: int | float) -> str:
+    """`n_bytes` as people read it: `"2.0 GiB"`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(n_bytes) < 1024:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:.1f} TiB"

@@ -1,0 +1,374 @@
+"""Ask a model questions and collect its answers, many at once and the same way in every arm.
+
+Tokens are drawn by inverting the cumulative distribution at uniform numbers fixed by (seed,
+question id, sample, place in the answer) alone. So an answer does not depend on what else is in the
+batch, two runs give the same answers, and base, tuned and steered models are compared under common
+random numbers. Only what `Sampling` says shapes the distribution: a checkpoint's own top-k,
+repetition penalty and temperature are not applied.
+
+Equal in exact arithmetic; in floating point, another batch shape can move a probability by a
+rounding error and so, about once in a million tokens, a draw.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from persona_probe.errors import InputError, MismatchError, NotFiredError
+from persona_probe.evaluation.decoding import Continuation, continue_prompts
+from persona_probe.evaluation.questions import Question
+from persona_probe.model.chat import Message, Rendered, render
+from persona_probe.model.language_model import LanguageModel
+from persona_probe.steering.plan import PlannedEdit, SteeringPlan, steer
+
+Fix = tuple[PlannedEdit, ...]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn. Raises `InputError` for a setting outside its range."""
+
+    temperature: float = 1.0
+    """0: the most probable token each time."""
+    top_p: float = 1.0
+    """Draw from the most probable tokens that together reach this probability."""
+    max_new_tokens: int = 48
+    samples: int = 1
+    """Answers per question."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise InputError(f"temperature must be 0 or more, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p must lie in (0, 1], not {self.top_p}")
+        for name in ("max_new_tokens", "samples"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer to one question."""
+
+    question: Question
+    sample: int
+    text: str
+    """Without special tokens and without the thought."""
+    thought: str | None
+    """What stood in `<think>`; None when there was none."""
+    token_ids: tuple[int, ...]
+    """All that the model wrote, thought and stop token included."""
+    truncated: bool
+    """Cut off at `max_new_tokens`."""
+
+
+def sample(
+    lm: LanguageModel,
+    questions: Sequence[Question],
+    sampling: Sampling | None = None,
+    *,
+    fix: PlannedEdit | Sequence[PlannedEdit] | SteeringPlan | None = None,
+    fixes: Sequence[Sequence[PlannedEdit]] | None = None,
+    system: str | None = None,
+    batch_size: int = 256,
+    progress: Progress | None = None,
+) -> list[Answer]:
+    """`sampling.samples` answers to each question, in the order of the questions, a question's
+    samples together.
+
+    `fix` steers every answer; `fixes` (or a plan of several rows) steers each by its own: one entry
+    per question, or one per answer in the order of the result. `system` goes before the system
+    prompt of every question. `batch_size` counts answers, not questions. `progress(done, total)`
+    counts answers too.
+
+    Raises `InputError` for a prompt that cannot be rendered, `MismatchError` for a number of fixes
+    that fits neither, `NonFiniteError` for a model gone astray, `NotFiredError` when no fix was
+    ever applied.
+    """
+    settings = sampling or Sampling()
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, not {batch_size}")
+    units = _units(
+        lm, questions, settings, _fix_of_row(fix, fixes, len(questions), settings), system
+    )
+    answers: list[Answer | None] = [None] * (len(questions) * settings.samples)
+    done = 0
+    steering = _Steering(lm)
+    with lm.active():
+        for batch in _batches(units, batch_size, greedy=settings.temperature == 0):
+            prompt_of_row = [i for i, unit in enumerate(batch) for _ in unit.drawn(settings)]
+            rows = [row for unit in batch for row in unit.drawn(settings)]
+            written = continue_prompts(
+                lm.hf,
+                [unit.ids for unit in batch],
+                prompt_of_row,
+                _picker(settings, questions, rows, lm.device),
+                max_new_tokens=settings.max_new_tokens,
+                stop_ids=lm.eos_ids,
+                pad_id=lm.pad_id,
+                steering=steering.of(batch),
+            )
+            for i, row, continuation in zip(prompt_of_row, rows, written, strict=True):
+                for same in batch[i].rows if settings.temperature == 0 else (row,):
+                    question = questions[same // settings.samples]
+                    place = same % settings.samples
+                    answers[same] = _answer(lm.tokenizer, question, place, continuation)
+            done += sum(len(unit.rows) for unit in batch)
+            if progress is not None:
+                progress(done, len(answers))
+    steering.check()
+    return [answer for answer in answers if answer is not None]
+
+
+def respond_greedy(
+    lm: LanguageModel,
+    questions: Sequence[Question],
+    *,
+    max_new_tokens: int = 48,
+    **options: Any,
+) -> list[Answer]:
+    """One answer per question, the most probable token each time; `options` as for `sample`."""
+    return sample(lm, questions, Sampling(temperature=0, max_new_tokens=max_new_tokens), **options)
+
+
+def transcripts(
+    lm: LanguageModel, answers: Sequence[Answer], *, system: str | None = None
+) -> list[Rendered]:
+    """Prompt and answer as the very tokens that were read and written, for teacher forcing another
+    model.
+    """
+    return [_prompt(lm, answer.question, system).answered(answer.token_ids) for answer in answers]
+
+
+def uniforms(seed: int, question_id: str, sample: int, n: int) -> Float[np.ndarray, " n"]:
+    """The n numbers in [0, 1) that draw the answer: Philox, keyed by a hash of the first three
+    arguments.
+    """
+    key = hashlib.blake2b(f"{seed}\0{question_id}\0{sample}".encode(), digest_size=16).digest()
+    drawn = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).random(n)
+    return np.minimum(drawn, 1 - 2.0**-32)  # so that no rounding can push it up to 1
+
+
+def draw(
+    logits: Float[Tensor, "row d_vocab"],
+    uniform: Float[Tensor, " row"],
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+) -> Int[Tensor, " row"]:
+    """The token at which the cumulative probability, in the order of the token ids, passes
+    `uniform`.
+    """
+    probability = torch.softmax(logits.float() / temperature, dim=-1)
+    if top_p < 1:
+        ordered, ids = probability.sort(dim=-1, descending=True, stable=True)
+        before = ordered.cumsum(dim=-1, dtype=torch.float64) - ordered
+        kept = torch.where(before < top_p, ordered, 0.0)
+        probability = torch.zeros_like(probability).scatter_(-1, ids, kept)
+    cumulative = probability.cumsum(dim=-1, dtype=torch.float64)
+    target = uniform[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """One prompt under one fix, and the answers (places in the result) wanted of it."""
+
+    ids: tuple[int, ...]
+    fix: Fix
+    rows: tuple[int, ...]
+
+    def drawn(self, settings: Sampling) -> tuple[int, ...]:
+        """The rows that must be decoded: without chance, one speaks for all."""
+        return self.rows[:1] if settings.temperature == 0 else self.rows
+
+
+def _units(
+    lm: LanguageModel,
+    questions: Sequence[Question],
+    settings: Sampling,
+    fix_of_row: Sequence[Fix],
+    system: str | None,
+) -> list[_Unit]:
+    rendered: dict[int, tuple[int, ...]] = {}
+    grouped: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
+    for row, fix in enumerate(fix_of_row):
+        question = questions[row // settings.samples]
+        if id(question) not in rendered:
+            rendered[id(question)] = _prompt(lm, question, system).ids
+        key = (rendered[id(question)], tuple(id(one) for one in fix))
+        grouped.setdefault(key, []).append(row)
+    return [_Unit(ids, fix_of_row[rows[0]], tuple(rows)) for (ids, _), rows in grouped.items()]
+
+
+def _batches(units: Sequence[_Unit], size: int, *, greedy: bool) -> Iterator[list[_Unit]]:
+    """Units of similar length together, at most `size` rows a batch."""
+    batch: list[_Unit] = []
+    filled = 0
+    for unit in sorted(units, key=lambda unit: len(unit.ids)):
+        step = len(unit.rows) if greedy else size
+        for start in range(0, len(unit.rows), step):
+            part = replace(unit, rows=unit.rows[start : start + step])
+            weight = 1 if greedy else len(part.rows)
+            if batch and filled + weight > size:
+                yield batch
+                batch, filled = [], 0
+            batch.append(part)
+            filled += weight
+    if batch:
+        yield batch
+
+
+def _picker(
+    settings: Sampling, questions: Sequence[Question], rows: Sequence[int], device: torch.device
+) -> Callable[[Tensor, Tensor, int], Tensor]:
+    if settings.temperature == 0:
+        return lambda logits, _row, _step: logits.argmax(dim=-1)
+    numbers = np.stack(
+        [
+            uniforms(
+                settings.seed,
+                questions[row // settings.samples].id,
+                row % settings.samples,
+                settings.max_new_tokens,
+            )
+            for row in rows
+        ]
+    )
+    table = torch.from_numpy(numbers).to(device)  # row step
+
+    def pick(logits: Tensor, row: Tensor, step: int) -> Tensor:
+        return draw(
+            logits, table[row, step], temperature=settings.temperature, top_p=settings.top_p
+        )
+
+    return pick
+
+
+class _Steering:
+    """Steers each batch of a run, and knows at the end whether any fix was ever applied.
+
+    A batch is steered in stages (its prompts, then its shrinking rows), and a fix need not act in
+    all of them: one of the last prompt token does nothing in decoding. So "did not fire" is an
+    error of the run, not of a stage.
+    """
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self._lm = lm
+        self._fired = False
+        self._silent: NotFiredError | None = None
+
+    def of(
+        self, batch: Sequence[_Unit]
+    ) -> Callable[[Sequence[int]], AbstractContextManager[object]]:
+        def steering(prompt_of_row: Sequence[int]) -> AbstractContextManager[object]:
+            fixes = [batch[i].fix for i in prompt_of_row]
+            if not any(fixes):
+                return nullcontext()
+            lengths = [len(batch[i].ids) for i in prompt_of_row]
+            return self._stage(fixes, lengths)
+
+        return steering
+
+    @contextmanager
+    def _stage(
+        self, fixes: Sequence[Fix], prompt_lengths: Sequence[int]
+    ) -> Generator[None, None, None]:
+        # one row serves a batch in which all are alike, at less cost
+        alike = len({tuple(id(edit) for edit in fix) for fix in fixes}) == 1
+        plan = SteeringPlan(tuple(fixes[:1] if alike else fixes))
+        try:
+            with steer(self._lm, plan, prompt_lengths=prompt_lengths):
+                yield
+        except NotFiredError as error:
+            self._silent = error
+        else:
+            self._fired = True
+
+    def check(self) -> None:
+        if self._silent is not None and not self._fired:
+            raise self._silent
+
+
+def _fix_of_row(
+    fix: PlannedEdit | Sequence[PlannedEdit] | SteeringPlan | None,
+    fixes: Sequence[Sequence[PlannedEdit]] | None,
+    n_questions: int,
+    settings: Sampling,
+) -> list[Fix]:
+    if fix is not None and fixes is not None:
+        raise InputError("give `fix` (the same for all) or `fixes` (one each), not both")
+    given = (
+        [tuple(row) for row in fixes]
+        if fixes is not None
+        else [*SteeringPlan.of(() if fix is None else fix).rows]
+    )
+    n_rows = n_questions * settings.samples
+    if len(given) == n_rows:
+        return given
+    if len(given) == 1 and fixes is None:
+        return given * n_rows
+    if len(given) == n_questions:
+        return [one for one in given for _ in range(settings.samples)]
+    raise MismatchError(
+        f"{len(given)} fixes for {n_questions} questions with {settings.samples} answers each",
+        fix="give one fix per question, or one per answer",
+    )
+
+
+def _prompt(lm: LanguageModel, question: Question, system: str | None) -> Rendered:
+    messages: list[Message] = list(question.messages)
+    first = messages[0]
+    if system is not None and "text" in first:
+        messages[0] = {"text": f"{system}\n\n{first['text']}"}
+    elif system is not None and first["role"] == "system":
+        messages[0] = {"role": "system", "content": f"{system}\n\n{first['content']}"}
+    elif system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    return render(lm.tokenizer, messages, add_generation_prompt=True)
+
+
+def _answer(tokenizer: Any, question: Question, sample: int, continuation: Continuation) -> Answer:
+    ids = list(continuation.token_ids[: -1 if continuation.stopped else None])
+    thought, text = _split_thought(tokenizer, ids)
+    return Answer(question, sample, text, thought, continuation.token_ids, not continuation.stopped)
+
+
+def _split_thought(tokenizer: Any, ids: list[int]) -> tuple[str | None, str]:
+    """(thought, answer). A thought that never ends is all thought; a template may have opened it
+    already.
+    """
+
+    def text_of(part: list[int]) -> str:
+        return cast("str", tokenizer.decode(part, skip_special_tokens=True)).strip()
+
+    opening, closing = (tokenizer.convert_tokens_to_ids(mark) for mark in ("<think>", "</think>"))
+    unknown = tokenizer.unk_token_id
+    if isinstance(closing, int) and closing != unknown:  # one token, which decoding may leave out
+        opened = bool(ids) and ids[0] == opening
+        inner = ids[1:] if opened else ids
+        if closing in inner:
+            end = inner.index(closing)
+            thought, rest = text_of(inner[:end]), text_of(inner[end + 1 :])
+            return thought.removeprefix("<think>").strip(), rest
+        if opened:
+            return text_of(inner), ""
+    text = text_of(ids)
+    before, closed, after = text.partition("</think>")
+    if closed:
+        return before.removeprefix("<think>").strip(), after.strip()
+    if text.startswith("<think>"):
+        return text.removeprefix("<think>").strip(), ""
+    return None, text

@@ -1,0 +1,20 @@
+"""Tables in, ``plotly.graph_objects.Figure`` out: one visual language for notebooks and reports.
+
+Pure functions on dicts and tables; nothing here knows a model. plotly is imported when a figure is
+drawn, so that importing this costs nothing.
+"""
+
+from persona_probe.figures.claims import control, necessity
+from persona_probe.figures.dose import dose_response
+from persona_probe.figures.latents import delta_against_effect, volcano
+from persona_probe.figures.rates import nulls, rates
+
+__all__ = [
+    "control",
+    "delta_against_effect",
+    "dose_response",
+    "necessity",
+    "nulls",
+    "rates",
+    "volcano",
+]

@@ -1,0 +1,173 @@
+"""A chat as its template writes it, and which characters of that text the assistant said."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from persona_probe.errors import InputError
+
+Message = Mapping[str, str]
+"""`{"role": "system" | "user" | "assistant", "content": text}`; `{"text": ...}` is plain text."""
+
+Span = tuple[int, int]
+"""Start and end, in characters, of a piece of the written chat."""
+
+_Fill = Callable[[Sequence[Message]], tuple[str, list[Span]]]
+
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_STAND_IN = re.compile("(\ue000\\d+\ue001)")  # private-use characters, in no template
+
+
+class WrittenChat(NamedTuple):
+    """A chat as text."""
+
+    text: str
+    assistant: list[Span]
+    """One span per assistant turn, in order; empty where the turn is."""
+    marked: bool
+    """Whether the spans are the template's own, which include the end-of-turn token."""
+
+
+def write_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool
+) -> WrittenChat:
+    """Apply the tokenizer's chat template and find what the assistant said.
+
+    A system message that the template refuses or leaves out goes to the head of the first user
+    turn. Raises `InputError` for malformed messages, without a template, and where the template
+    refuses the chat or changes the assistant's texts beyond recognition.
+    """
+    _check(messages)
+    if tokenizer.chat_template is None:
+        raise InputError(
+            "the tokenizer has no chat template, and the prompts are chats",
+            fix="set tokenizer.chat_template (a base model can borrow its chat version's), or "
+            'give plain-text prompts as {"text": ...}',
+        )
+    template = cast(str, cast(Any, tokenizer).get_chat_template())
+    marked = _MARKS.search(template) is not None
+    fill = partial(_fill, tokenizer, template, marked, add_generation_prompt)
+    messages, text, spans = _fill_folding_system(fill, messages)
+    return WrittenChat(text, spans if marked else _find_assistant(fill, messages, text), marked)
+
+
+def _check(messages: Sequence[Message]) -> None:
+    if not messages:
+        raise InputError("a conversation without messages", fix="give it at least one user message")
+    for message in messages:
+        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            raise InputError(
+                f'a message must have "role" and "content", both text; got {dict(message)!r}'
+            )
+
+
+def _fill(
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    marked: bool,
+    add_generation_prompt: bool,
+    messages: Sequence[Message],
+) -> tuple[str, list[Span]]:
+    """The text, and the spans between the template's generation marks where it has them."""
+    texts, spans = cast(
+        tuple[list[str], list[list[Span]]],
+        render_jinja_template(
+            conversations=[[dict(message) for message in messages]],
+            chat_template=template,
+            return_assistant_tokens_mask=marked,
+            add_generation_prompt=add_generation_prompt,
+            **cast(dict[str, Any], tokenizer.special_tokens_map),
+        ),
+    )
+    return texts[0], spans[0] if marked else []
+
+
+def _fill_folding_system(
+    fill: _Fill, messages: Sequence[Message]
+) -> tuple[Sequence[Message], str, list[Span]]:
+    """The messages as they were written, the text, and the marked spans."""
+    system = messages[0]["content"].strip() if messages[0]["role"] == "system" else None
+    try:
+        text, spans = fill(messages)
+        if system is None or system in text:
+            return messages, text, spans
+    except jinja2.TemplateError as error:
+        if system is None:
+            raise InputError(f"the chat template refuses the conversation: {error}") from error
+    folded = _folded(messages)
+    try:
+        return folded, *fill(folded)
+    except jinja2.TemplateError as error:
+        raise InputError(f"the chat template refuses the conversation: {error}") from error
+
+
+def _folded(messages: Sequence[Message]) -> list[Message]:
+    system, *rest = messages
+    if not rest or rest[0]["role"] != "user":
+        return [{"role": "user", "content": system["content"]}, *rest]
+    first = {"role": "user", "content": f"{system['content']}\n\n{rest[0]['content']}"}
+    return [first, *rest[1:]]
+
+
+def _find_assistant(fill: _Fill, messages: Sequence[Message], text: str) -> list[Span]:
+    """Where the assistant's texts lie, for a template without generation marks.
+
+    The fixed parts of the template are found by writing stand-ins for the texts; with the texts
+    between them they must give the written chat back. Where they do not (a template that looks into
+    its messages, as those that drop earlier thoughts), the texts are searched for in order.
+    """
+    if not any(message["role"] == "assistant" for message in messages):
+        return []
+    stand_ins = [f"\ue000{number}\ue001" for number in range(len(messages))]
+    try:
+        frame, _ = fill([{**m, "content": s} for m, s in zip(messages, stand_ins, strict=True)])
+    except jinja2.TemplateError:
+        frame = ""
+    contents = [message["content"] for message in messages]
+    spans = (
+        _in_frame(frame, dict(zip(stand_ins, contents, strict=True)), text)
+        or _in_frame(frame, dict(zip(stand_ins, map(str.strip, contents), strict=True)), text)
+        or _in_order(contents, text)
+    )
+    pairs = zip(spans, messages, strict=True)
+    return [span for span, message in pairs if message["role"] == "assistant"]
+
+
+def _in_frame(frame: str, contents: Mapping[str, str], text: str) -> list[Span] | None:
+    rebuilt, spans = "", dict[str, Span]()
+    for part in _STAND_IN.split(frame):
+        piece = contents.get(part, part)
+        if part in contents:
+            spans[part] = (len(rebuilt), len(rebuilt) + len(piece))
+        rebuilt += piece
+    if rebuilt != text or len(spans) != len(contents):
+        return None
+    return [spans[name] for name in contents]
+
+
+def _in_order(contents: Sequence[str], text: str) -> list[Span]:
+    spans: list[Span] = []
+    cursor = 0
+    for content in contents:
+        # whole, trimmed, or without its thought
+        for said in (content, content.strip(), content.rpartition("</think>")[2].strip()):
+            start = text.find(said, cursor)
+            if start >= 0:
+                break
+        else:
+            raise InputError(
+                "the chat template changes what was said, so the assistant's tokens cannot be told "
+                f"apart: {content[:60]!r} is not in the text it writes",
+                fix="put {% generation %} ... {% endgeneration %} around the assistant's text in "
+                "the template",
+            )
+        cursor = start + len(said)
+        spans.append((start, cursor))
+    return spans

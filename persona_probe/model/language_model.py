@@ -1,0 +1,332 @@
+"""A language model to probe: weights, tokenizer, and nothing hidden in between.
+
+Base and tuned share one copy of the weights when the tuned model is a LoRA adapter
+(`with_adapter`); see `persona_probe.model.sharing` for how. Attention mask and position ids are
+always passed: with left padding and without them GPT-2 is far off, and no model is right.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from persona_probe.errors import InputError, MissingPathError
+from persona_probe.hooks.sites import blocks_of
+from persona_probe.model.chat import Message, Rendered, pad, render, render_text
+from persona_probe.model.checkpoint import Checkpoint, describe, is_adapter
+from persona_probe.model.loading import check_vocabulary, read_tokenizer, read_weights
+from persona_probe.model.sharing import inject, merged_tree, scaled, shared_tree
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """One causal language model, in evaluation mode, with its tokenizer. Made by `load_model`."""
+
+    checkpoint: Checkpoint
+    """Where the weights come from."""
+    hf: PreTrainedModel
+    """The Hugging Face model; with LoRA layers in it where there is an adapter. Hooks go on this
+    one.
+    """
+    tokenizer: PreTrainedTokenizerBase
+    """Its tokenizer, untouched."""
+    adapter_name: str | None = None
+    """Name of the adapter in `hf`, None for plain weights."""
+    peft: PeftModel | None = field(default=None, repr=False)
+    """PEFT's wrapper around `hf`, for saving and merging; None for plain weights."""
+
+    @property
+    def name(self) -> str:
+        """A short name for tables and plots."""
+        return self.adapter_name or self.checkpoint.name
+
+    @cached_property
+    def n_layers(self) -> int:
+        """Number of decoder blocks."""
+        return len(blocks_of(self.hf))
+
+    @cached_property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return int(cast(Any, self.hf.config.get_text_config()).hidden_size)
+
+    @cached_property
+    def d_vocab(self) -> int:
+        """Number of logits (at least the tokenizer's size: checkpoints pad their vocabulary)."""
+        unembedding = cast(Any, self.hf.get_output_embeddings())
+        return int(unembedding.weight.shape[0])
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids have to be: the device of the embedding."""
+        return cast(nn.Embedding, self.hf.get_input_embeddings()).weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights and of the residual stream."""
+        return self.hf.dtype
+
+    @cached_property
+    def pad_id(self) -> int:
+        """The token id to pad with; masked everywhere, so its value is immaterial."""
+        for token_id in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if isinstance(token_id, int):
+                return token_id
+        return 0
+
+    @cached_property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The token ids that end an answer, from the generation config and the tokenizer."""
+        configured = cast(Any, self.hf.generation_config).eos_token_id
+        ids = configured if isinstance(configured, list) else [configured]
+        found = [*ids, cast(int | None, self.tokenizer.eos_token_id)]
+        return tuple(dict.fromkeys(i for i in found if i is not None))
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The tokenizer's special token ids."""
+        return frozenset(self.tokenizer.all_special_ids)
+
+    @contextmanager
+    def active(self) -> Generator[PreTrainedModel, None, None]:
+        """Enter before calling `hf` directly; yields it.
+
+        Models that share weights have module trees of their own, so this has nothing to switch: it
+        makes sure that nobody left the model in training mode, and is where a model kept elsewhere
+        would be fetched.
+        """
+        if self.hf.training:
+            self.hf.eval()
+        yield self.hf
+
+    @contextmanager
+    def adapter_scaled(self, factor: float) -> Generator[None, None, None]:
+        """Multiply this model's adapter by `factor` inside the block: 0 is the base, 1 the tuned
+        model.
+
+        Raises `InputError` without an adapter, or for one that is not linear in its strength.
+        """
+        with scaled(self.hf, factor):
+            yield
+
+    def with_adapter(self, path: str | Path, name: str | None = None) -> LanguageModel:
+        """This model with the PEFT adapter at `path`, on the same copy of the weights.
+
+        This model is not changed, and any number of adapters may share it. Raises `MismatchError`
+        for an adapter of another model, or of a kind that would write into the shared weights
+        (trained biases).
+        """
+        return self._adapted(str(path), name or Path(path).name, shared=True)
+
+    def _adapted(self, path: str, name: str, *, shared: bool) -> LanguageModel:
+        if self.peft is not None:
+            raise InputError(
+                f"{self.name} already has an adapter", fix="add the adapter to the base instead"
+            )
+        name = name.replace(
+            ".", "-"
+        )  # PEFT keeps adapters in a ModuleDict, whose names have no dots
+        peft = inject(shared_tree(self.hf), path, name, shared=shared)
+        return replace(
+            self,
+            checkpoint=replace(self.checkpoint, adapter=path),
+            hf=cast(PreTrainedModel, peft.get_base_model()),
+            adapter_name=name,
+            peft=peft,
+        )
+
+    def merged(self) -> LanguageModel:
+        """The same model with its adapter added into the weights: faster, equal up to rounding.
+
+        Only the weights that the adapter targets are copied. A model without adapter is returned as
+        it is.
+        """
+        if self.peft is None:
+            return self
+        return replace(self, hf=merged_tree(self.peft), peft=None)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch pos"],
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits, without gradient; without a mask every token counts. Right and left padding
+        agree.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        with self.active() as hf:
+            return hf(
+                input_ids=input_ids.to(self.device),
+                attention_mask=attention_mask.to(self.device),
+                position_ids=position_ids(attention_mask).to(self.device),
+                use_cache=False,
+            ).logits
+
+    def rendered(self, prompt: str | Sequence[Message] | Rendered) -> Rendered:
+        """A prompt as token ids: a string is plain text, a list of messages is a chat."""
+        if isinstance(prompt, Rendered):
+            return prompt
+        if isinstance(prompt, str):
+            return render_text(self.tokenizer, prompt)
+        return render(self.tokenizer, prompt)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: str | Sequence[str | Sequence[Message] | Rendered],
+        *,
+        max_new_tokens: int = 64,
+        **options: Any,
+    ) -> list[str]:
+        """Continue each prompt and return the new texts: `hf.generate` with the padding done right.
+
+        A string is plain text, a list of messages a chat. Greedy unless `do_sample=True`; `options`
+        go to `hf.generate`.
+        """
+        batch = [prompts] if isinstance(prompts, str) else list(prompts)
+        padded = pad([self.rendered(prompt) for prompt in batch], self.pad_id).to(self.device)
+        settings: dict[str, Any] = {"do_sample": False, "pad_token_id": self.pad_id, **options}
+        with self.active() as hf:
+            output = cast(Any, hf).generate(
+                input_ids=padded.input_ids,
+                attention_mask=padded.attention_mask,
+                max_new_tokens=max_new_tokens,
+                **settings,
+            )
+        new = cast(Tensor, output)[:, padded.input_ids.shape[1] :]
+        return self.tokenizer.batch_decode(new, skip_special_tokens=True)
+
+    def bridge(self) -> TransformerBridge:
+        """A TransformerLens `TransformerBridge` on the same tensors, never folded or centred.
+
+        It wraps a module tree of its own, so this model's `state_dict`, `save_pretrained` and
+        adapter stay as they are. With an adapter, the weights that it targets are merged copies.
+        Its tokenizer is a copy, which TransformerLens rebuilds to prepend BOS: pass token ids, not
+        text.
+        """
+        from transformer_lens.model_bridge import TransformerBridge
+
+        tree = merged_tree(self.peft) if self.peft is not None else shared_tree(self.hf)
+        tree.config.architectures = [type(tree).__name__]
+        return TransformerBridge.boot_transformers(
+            self.checkpoint.path, hf_model=tree, tokenizer=copy.deepcopy(self.tokenizer)
+        )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write model and tokenizer as Hugging Face does; a model with an adapter writes the
+        adapter.
+        """
+        target: Any = self.hf if self.peft is None else self.peft
+        target.save_pretrained(str(folder))
+        self.tokenizer.save_pretrained(str(folder))
+
+
+def position_ids(attention_mask: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
+    """Positions that count real tokens from 0, whichever side the padding is on."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def load_model(
+    source: str | Path | PreTrainedModel | PeftModel | LanguageModel,
+    *,
+    tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+    revision: str | None = None,
+    adapter: str | Path | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
+    device_map: str | dict[str, Any] | None = None,
+) -> LanguageModel:
+    """Load a model from a checkpoint folder, a PEFT adapter folder, a hub id, or one already in
+    memory.
+
+    An adapter folder brings its base with it (`base_model_name_or_path`, looked for beside the
+    adapter first); `adapter=` puts one on a base that you name. Nothing is fetched for a local
+    path. A model in memory is not
+    touched: its tree is copied, its weights are shared, so training it on shows here.
+
+    Args:
+        tokenizer: used instead of the checkpoint's own; needed for a model in memory.
+        device: "auto" is the first GPU, else the CPU.
+        dtype: fp32 on the CPU and the checkpoint's own type on a GPU, unless given.
+        device_map: handed to accelerate, for a model larger than one device.
+
+    Raises:
+        MissingPathError: there is no such folder.
+        InputError: it is no whole checkpoint, or has no tokenizer.
+        MismatchError: adapter or tokenizer belong to another model.
+    """
+    if isinstance(source, LanguageModel):
+        return source if adapter is None else source.with_adapter(adapter)
+    if isinstance(tokenizer, str | Path):
+        tokenizer = read_tokenizer(describe(tokenizer))
+    if isinstance(source, PreTrainedModel | PeftModel):
+        return _from_memory(source, tokenizer, adapter)
+    checkpoint = describe(source, revision)
+    if adapter is not None:
+        if checkpoint.adapter is not None:
+            raise InputError(
+                f"{source} is itself an adapter",
+                fix="pass its base, with adapter= the one you want",
+            )
+        checkpoint = replace(checkpoint, adapter=_adapter_folder(adapter))
+    tokenizer = tokenizer or read_tokenizer(checkpoint)
+    hf = read_weights(checkpoint, device=device, dtype=dtype, device_map=device_map)
+    loaded = LanguageModel(replace(checkpoint, adapter=None), hf, tokenizer)
+    check_vocabulary(tokenizer, loaded.d_vocab, checkpoint.name)
+    if checkpoint.adapter is None:
+        return loaded
+    return loaded._adapted(checkpoint.adapter, checkpoint.name, shared=False)  # pyright: ignore[reportPrivateUsage]
+
+
+def _from_memory(
+    source: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    adapter: str | Path | None,
+) -> LanguageModel:
+    if tokenizer is None:
+        raise InputError(
+            "a model in memory comes without its tokenizer",
+            fix="pass it: load_model(model, tokenizer=tokenizer)",
+        )
+    tree = shared_tree(source)
+    peft = tree if isinstance(tree, PeftModel) else None
+    hf = cast(PreTrainedModel, tree.get_base_model() if isinstance(tree, PeftModel) else tree)
+    loaded = LanguageModel(
+        Checkpoint(f"memory:{type(hf).__name__}"),
+        hf,
+        tokenizer,
+        adapter_name=str(peft.active_adapter) if peft is not None else None,
+        peft=peft,
+    )
+    check_vocabulary(tokenizer, loaded.d_vocab, loaded.checkpoint.path)
+    return loaded if adapter is None else loaded.with_adapter(adapter)
+
+
+def _adapter_folder(adapter: str | Path) -> str:
+    folder = Path(adapter).expanduser()
+    if not folder.is_dir():
+        raise MissingPathError(
+            f"there is no adapter folder {folder}", fix="pass a folder with an adapter_config.json"
+        )
+    if not is_adapter(folder):
+        raise InputError(
+            f"{folder} is no adapter: it has no adapter_config.json",
+            fix="to load a whole checkpoint, pass it as the model itself",
+        )
+    return str(folder)

@@ -1,0 +1,83 @@
+"""The two models that are compared: before the fine-tune and after it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from persona_probe.errors import MismatchError
+from persona_probe.model.checkpoint import describe
+from persona_probe.model.language_model import LanguageModel, load_model
+
+
+@dataclass(frozen=True, eq=False)
+class ModelPair:
+    """A base model and one that was fine-tuned from it: same shape, same vocabulary."""
+
+    base: LanguageModel
+    tuned: LanguageModel
+
+    def __post_init__(self) -> None:
+        check_same_shape(self.base, self.tuned)
+        check_same_vocabulary(self.base, self.tuned)
+
+
+def load_pair(
+    base: str | Path | PreTrainedModel | LanguageModel,
+    tuned: str | Path | PreTrainedModel | LanguageModel,
+    **options: Any,
+) -> ModelPair:
+    """Load both models; one copy of the weights serves both when `tuned` is a LoRA adapter folder.
+
+    The adapter goes on `base`, whatever base its own config names. An adapter that cannot share
+    (trained biases, not LoRA) gets a base of its own. `options` go to `load_model`, for both.
+
+    Raises `MismatchError` where the two do not belong together, naming the first difference.
+    """
+    first = load_model(base, **options)
+    if isinstance(tuned, str | Path):
+        adapter = describe(tuned).adapter if Path(tuned).expanduser().is_dir() else None
+        if adapter is not None:
+            try:
+                return ModelPair(first, first.with_adapter(adapter))
+            except MismatchError as refused:
+                if not isinstance(base, str | Path) or "cannot share" not in refused.message:
+                    raise
+            return ModelPair(first, load_model(base, adapter=adapter, **options))
+    return ModelPair(first, load_model(tuned, **options))
+
+
+def check_same_shape(base: LanguageModel, tuned: LanguageModel) -> None:
+    """Check that hook names and directions of one model fit the other. Raises `MismatchError`."""
+    for what in ("n_layers", "d_model"):
+        ours, theirs = getattr(base, what), getattr(tuned, what)
+        if ours != theirs:
+            raise MismatchError(
+                f"base and tuned are not the same architecture: {what} is {ours} in {base.name} "
+                f"and {theirs} in {tuned.name}",
+                fix="pass the checkpoint that the tuned model was fine-tuned from",
+            )
+
+
+def check_same_vocabulary(base: LanguageModel, tuned: LanguageModel) -> None:
+    """Check that a token id means the same to both. Raises `MismatchError` with the first
+    difference.
+    """
+    if base.tokenizer is tuned.tokenizer:
+        return
+    ours, theirs = base.tokenizer.get_vocab(), tuned.tokenizer.get_vocab()
+    if ours == theirs:
+        return
+    token = min(
+        (token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)),
+        key=lambda token: (ours.get(token, theirs.get(token, 0)), token),
+    )
+    raise MismatchError(
+        f"base and tuned have different vocabularies ({len(ours)} and {len(theirs)} tokens); the "
+        f"first difference: {token!r} is id {ours.get(token)} in the base and "
+        f"{theirs.get(token)} in the tuned model",
+        fix="use the tokenizer of the base for both: load_pair(..., tokenizer=...)",
+    )

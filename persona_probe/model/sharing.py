@@ -1,0 +1,153 @@
+"""Several models on one copy of the weights.
+
+Each model gets a module tree of its own whose parameters share storage with the others'. So a LoRA
+adapter is injected into, hooks are put on, and `TransformerBridge` wraps, one tree only: nothing
+has to be switched off again, the base stays the base bit for bit, and its `state_dict` keys stay as
+they were. A tree costs no tensor memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.tuners.lora import LoraConfig, LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from persona_probe.errors import InputError, MismatchError
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def shared_tree(model: M) -> M:
+    """A copy of the module tree, in evaluation mode, whose parameters are new objects on the same
+    storage.
+
+    New objects, because a library that re-assigns `parameter.data` (merging, PiSSA) must not reach
+    the original; only a write in place would, and then both see it. The copies ask for no gradient.
+    """
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = (
+            nn.Parameter(parameter.detach(), requires_grad=False)
+            if type(parameter) is nn.Parameter
+            else parameter  # quantised parameters carry state of their own
+        )
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer
+    return copy.deepcopy(model, memo).eval()
+
+
+def inject(model: PreTrainedModel, adapter: str | Path, name: str, *, shared: bool) -> PeftModel:
+    """Wrap `model` (changed in place; pass a `shared_tree`) with the PEFT adapter saved at
+    `adapter`.
+
+    With `shared`, adapters that write into the base's own tensors are refused: whoever shares them
+    would change too.
+
+    Raises `MismatchError` for an adapter of another model and for one that cannot share.
+    """
+    config = PeftConfig.from_pretrained(str(adapter))
+    refusal = _refusal(config) if shared else None
+    if refusal is not None:
+        raise MismatchError(
+            f"the adapter {adapter} cannot share weights with its base: {refusal}",
+            fix="load it by itself, on a copy of its own: load_model(ADAPTER)",
+        )
+    weights = list(model.parameters())
+    written = [weight._version for weight in weights]  # pyright: ignore[reportPrivateUsage]
+    device = next(model.parameters()).device
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            # PEFT 0.21 asks transformers 5.23 by an old name
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            wrapped = PeftModel.from_pretrained(
+                model,
+                str(adapter),
+                adapter_name=name,
+                torch_device=str(device),
+                low_cpu_mem_usage=True,  # random initialisation would move the user's generator
+            )
+    except (ValueError, RuntimeError, UserWarning, KeyError) as error:
+        raise MismatchError(
+            f"the adapter {adapter} does not fit the model: {str(error).splitlines()[0]}",
+            fix="pass the base that the adapter was trained on",
+        ) from error
+    changed = written != [weight._version for weight in weights]  # pyright: ignore[reportPrivateUsage]
+    if shared and changed:
+        raise MismatchError(
+            f"the adapter {adapter} wrote into its base's weights",
+            fix="load both again, each on a copy of its own: load_model(BASE), load_model(ADAPTER)",
+        )
+    return wrapped.eval().requires_grad_(False)
+
+
+def _refusal(config: PeftConfig) -> str | None:
+    """Why an adapter may not share its base's tensors, or None."""
+    if not isinstance(config, LoraConfig):
+        return f"{config.peft_type} is not LoRA"
+    if config.bias != "none":
+        return f"it trains biases of the base (bias={config.bias!r})"
+    return None
+
+
+@contextmanager
+def scaled(model: nn.Module, factor: float) -> Generator[None, None, None]:
+    """Multiply the contribution of every LoRA adapter in `model` by `factor` inside the block.
+
+    Raises `InputError` for an adapter that is not linear in its strength (DoRA, whole modules,
+    biases).
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for config in cast(dict[str, PeftConfig], getattr(model, "peft_config", {})).values():
+        reason = _not_linear(config)
+        if reason is not None:
+            raise InputError(f"this adapter cannot be scaled: {reason}")
+    if not layers:
+        raise InputError(
+            "the model has no adapter to scale", fix="load the tuned model from its adapter folder"
+        )
+    before = [dict(layer.scaling) for layer in layers]
+    try:
+        for layer in layers:
+            for name in layer.scaling:
+                layer.scaling[name] *= factor
+        yield
+    finally:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling.update(scaling)
+
+
+def _not_linear(config: PeftConfig) -> str | None:
+    if not isinstance(config, LoraConfig):
+        return f"{config.peft_type} is not LoRA"
+    if config.use_dora:
+        return "DoRA renormalises the weights"
+    if config.modules_to_save:
+        return f"it replaces whole modules ({', '.join(config.modules_to_save)})"
+    if config.bias != "none":
+        return f"it replaces biases (bias={config.bias!r})"
+    return None
+
+
+def merged_tree(model: PeftModel) -> PreTrainedModel:
+    """A plain Hugging Face model with the adapter added into the weights it targets; the rest stays
+    shared.
+    """
+    own = shared_tree(model)
+    for module in own.modules():
+        if isinstance(module, LoraLayer):
+            for parameter in module.get_base_layer().parameters():
+                # merging writes in place, and the storage is the base's
+                parameter.data = parameter.data.clone()
+    with torch.no_grad():
+        merged = cast(PreTrainedModel, cast(Any, own).merge_and_unload())
+    return merged.eval().requires_grad_(False)

@@ -1,0 +1,1 @@
+"""The pocket model organism: a tiny model in which personas live, and its narrow fine-tunes."""

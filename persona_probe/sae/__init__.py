@@ -1,0 +1,3 @@
+"""Sparse autoencoders: load, encode fast, train on a base model, and check that one fits both
+models.
+"""

@@ -1,0 +1,140 @@
+"""Activations to latents and back: `f = act(x @ W_enc + b_enc)`, `x_hat = f @ W_dec + b_dec`.
+
+The same numbers as sae-lens's own `encode` and `decode`, plus two ways to do less: `encode` keeps
+only what fires, and `encode_latents` computes only the latents asked for.
+
+All of it is differentiable except `encode`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from persona_probe.errors import InputError, MismatchError
+from persona_probe.sae.load import Dictionary
+
+CHUNK_VALUES = 1 << 24
+"""How many dense token x latent values are held at once (64 MiB in fp32)."""
+
+
+class SparseCodes(NamedTuple):
+    """The latents that fired, ordered by token, then by latent."""
+
+    token_index: Int[Tensor, " entry"]
+    latent_index: Int[Tensor, " entry"]
+    value: Float[Tensor, " entry"]
+    """Strictly positive."""
+    shape: tuple[int, int]
+    """Tokens and latents of the dense matrix that these are the non-zeros of."""
+
+    def dense(self) -> Float[Tensor, "token d_sae"]:
+        out = self.value.new_zeros(self.shape)
+        out[self.token_index, self.latent_index] = self.value
+        return out
+
+
+def encode(
+    dictionary: Dictionary,
+    x: Float[Tensor, "token d_model"],
+    *,
+    chunk_tokens: int | None = None,
+) -> SparseCodes:
+    """The latents that fire on each token, without ever holding the dense matrix for all tokens.
+
+    Raises `MismatchError` when x is of another width.
+    """
+    step = chunk_tokens or max(1, CHUNK_VALUES // dictionary.d_sae)
+    tokens: list[Tensor] = []
+    latents: list[Tensor] = []
+    values: list[Tensor] = []
+    with torch.no_grad():
+        for start in range(0, x.shape[0], step):
+            dense = encode_dense(dictionary, x[start : start + step])
+            token, latent = dense.nonzero(as_tuple=True)
+            tokens.append(token + start)
+            latents.append(latent)
+            values.append(dense[token, latent])
+    empty = torch.empty(0, dtype=torch.long, device=x.device)
+    return SparseCodes(
+        torch.cat(tokens) if tokens else empty,
+        torch.cat(latents) if latents else empty,
+        torch.cat(values) if values else dictionary.b_enc.new_empty(0),
+        (x.shape[0], dictionary.d_sae),
+    )
+
+
+def encode_dense(
+    dictionary: Dictionary, x: Float[Tensor, "*batch d_model"]
+) -> Float[Tensor, "*batch d_sae"]:
+    """Every latent's activation, zeros included. Raises `MismatchError` for x of another width."""
+    pre = _input(dictionary, x) @ dictionary.W_enc + dictionary.b_enc
+    if dictionary.activation == "topk":
+        assert dictionary.k is not None
+        top = pre.topk(dictionary.k, dim=-1, sorted=False)
+        return torch.zeros_like(pre).scatter(-1, top.indices, top.values.relu())
+    return _gate(pre, dictionary.threshold)
+
+
+def encode_latents(
+    dictionary: Dictionary, x: Float[Tensor, "*batch d_model"], ids: Sequence[int]
+) -> Float[Tensor, "*batch latent"]:
+    """The activations of the latents `ids` only, in that order.
+
+    Costs `len(ids)` columns of the encoder, not the dictionary: except for top-k, where whether a
+    latent fires depends on all the others, so that everything is encoded first. Raises `InputError`
+    for an index that does not exist, `MismatchError` when x is of another width."""
+    index = _indices(dictionary, ids)
+    if dictionary.activation == "topk":
+        return encode_dense(dictionary, x)[..., index]
+    pre = _input(dictionary, x) @ dictionary.W_enc[:, index] + dictionary.b_enc[index]
+    return _gate(pre, None if dictionary.threshold is None else dictionary.threshold[index])
+
+
+def decode(
+    dictionary: Dictionary, codes: SparseCodes | Float[Tensor, "*batch d_sae"]
+) -> Float[Tensor, "*batch d_model"]:
+    """The reconstruction `f @ W_dec + b_dec`, of dense or of sparse codes."""
+    if isinstance(codes, Tensor):
+        return codes @ dictionary.W_dec + dictionary.b_dec
+    matrix = torch.sparse_coo_tensor(
+        torch.stack([codes.token_index, codes.latent_index]),
+        codes.value,
+        codes.shape,
+        is_coalesced=True,
+        check_invariants=False,
+    )
+    return torch.sparse.mm(matrix, dictionary.W_dec) + dictionary.b_dec
+
+
+def _input(
+    dictionary: Dictionary, x: Float[Tensor, "*batch d_model"]
+) -> Float[Tensor, "*batch d_model"]:
+    if x.shape[-1] != dictionary.d_model:
+        raise MismatchError(
+            f"{dictionary.path} reads activations of width {dictionary.d_model}, "
+            f"got {tuple(x.shape)}"
+        )
+    x = x.to(dictionary.W_enc.dtype)
+    return x - dictionary.b_dec if dictionary.apply_b_dec_to_input else x
+
+
+def _gate(
+    pre: Float[Tensor, "*batch latent"], threshold: Float[Tensor, " latent"] | None
+) -> Float[Tensor, "*batch latent"]:
+    fired = pre.relu()
+    return fired if threshold is None else fired * (pre > threshold)
+
+
+def _indices(dictionary: Dictionary, ids: Sequence[int]) -> Int[Tensor, " latent"]:
+    for index in ids:
+        if not 0 <= index < dictionary.d_sae:
+            raise InputError(
+                f"there is no latent {index}: {dictionary.path} has latents 0 to "
+                f"{dictionary.d_sae - 1}"
+            )
+    return torch.as_tensor(list(ids), dtype=torch.long, device=dictionary.W_enc.device)

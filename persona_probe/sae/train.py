@@ -1,0 +1,347 @@
+"""Train a BatchTopK dictionary on a base model's activations, with sae-lens's own training class
+and trainer.
+
+Bussmann et al. 2024 (BatchTopK), Gao et al. 2024 (auxiliary loss for dead latents). Departures,
+each because pocket-sized runs have hundreds of steps and not hundreds of thousands:
+
+- `b_dec` starts at the mean activation instead of 0.
+- The window after which a silent latent counts as dead (and is revived by the auxiliary loss) is a
+  share of the run; sae-lens's default of 1,000 steps would never end.
+- The inference threshold is not the trainer's moving average (`topk_threshold_lr` 0.01 lags behind
+  the weights and starts at 0) but set after training so that exactly `k` latents fire a token on
+  average, on tokens it was trained on. What was reached on tokens it never saw is in the metadata.
+
+Not covered: several dictionaries in one pass, crosscoders, training on more than one device.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+from sae_lens.config import LoggingConfig, SAETrainerConfig
+from sae_lens.constants import SAE_CFG_FILENAME
+from sae_lens.saes.sae import SAEMetadata
+from sae_lens.training.mixing_buffer import mixing_buffer
+from sae_lens.training.sae_trainer import SAETrainer
+from torch import Tensor
+
+from persona_probe.artifact import atomic_folder
+from persona_probe.errors import InputError, NonFiniteError
+from persona_probe.hooks.sites import parse_site
+from persona_probe.model.language_model import LanguageModel
+from persona_probe.sae.encode import decode, encode
+from persona_probe.sae.load import Dictionary, load_sae, weights_digest
+
+HELD_OUT_TOKENS = 16_384
+"""At most so many tokens (and at most a tenth) are kept out of training to measure on; as many
+calibrate.
+"""
+
+
+@dataclass(frozen=True)
+class TrainingProgress:
+    """Where a training run stands, for a progress bar."""
+
+    step: int
+    steps: int
+    loss: float
+    """Of this step's batch: squared error summed over d_model, activations scaled to norm
+    sqrt(d_model).
+    """
+    dead: int
+    """Latents that have not fired within the dead window."""
+
+
+@dataclass(frozen=True)
+class TrainingFigures:
+    """How good the saved inference dictionary is, on held-out tokens."""
+
+    explained_variance: float
+    """1 - sum ||x - x_hat||^2 / sum ||x - mean||^2, with the saved threshold."""
+    explained_variance_batchtopk: float
+    """The same with training's rule (the k best per token on average, within the batch)."""
+    l0: float
+    """Latents that fire on a token, with the saved threshold."""
+    dead: float
+    """Share of latents that fire on none of the held-out tokens."""
+    held_out_tokens: int
+    trained_tokens: int
+
+
+def train_sae(
+    activations: Float[Tensor, "token d_model"] | Iterable[Float[Tensor, "token d_model"]],
+    site: str,
+    out: str | os.PathLike[str],
+    *,
+    d_sae: int | None = None,
+    k: int = 16,
+    steps: int | None = None,
+    batch_tokens: int = 1024,
+    lr: float | None = None,
+    seed: int = 0,
+    model: LanguageModel | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+    progress: Callable[[TrainingProgress], None] | None = None,
+) -> Dictionary:
+    """Train on `activations` of `site` and save to the folder `out`, which sae-lens opens as a
+    JumpReLU SAE.
+
+    `activations` is one tensor (drawn in shuffled passes) or an iterable of chunks (mixed in a
+    buffer; not restarted, so `steps` must be given and there must be enough of it). `d_sae`
+    defaults to 8 d_model, `steps` to one pass, `lr` to 4e-3 sqrt(1536 / d_sae) (found at 1,536
+    latents and 600 steps); it warms up over a twentieth of the run and falls to 0 over the last
+    fifth. `model` is where the activations come from: its name and the digest of its weight files
+    are recorded, so that the dictionary is refused on another model.
+
+    Returns the saved dictionary; `meta["training"]` has `TrainingFigures` and the settings. `out`
+    is written whole or not at all.
+
+    Raises `InputError` (too few tokens, k or d_sae out of range, `out` exists), `NonFiniteError`.
+    """
+    parse_site(site)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        feed = _Feed(activations, batch_tokens, steps, device)
+        width = feed.held_out.shape[1]
+        d_sae = d_sae or 8 * width
+        if not 1 <= k < d_sae:
+            raise InputError(f"k must be from 1 to d_sae - 1 = {d_sae - 1}, got {k}")
+        lr = lr or 4e-3 * math.sqrt(1536 / d_sae)
+        settings = {
+            "d_sae": d_sae,
+            "k": k,
+            "steps": feed.steps,
+            "batch_tokens": batch_tokens,
+            "lr": lr,
+            "seed": seed,
+        }
+        sae = _new_sae(site, width, d_sae, k, device, model)
+        trainer = SAETrainer(
+            cfg=_trainer_config(feed.steps, batch_tokens, lr, device), sae=sae, data_provider=feed
+        )
+        # sae-lens would estimate this from 1,000 batches of the stream; the mean norm needs far
+        # fewer tokens
+        mean_norm = float(feed.held_out.norm(dim=-1).mean())
+        if mean_norm == 0.0:
+            raise InputError("every activation is 0; was the right site captured?")
+        scale = math.sqrt(width) / mean_norm
+        trainer.activation_scaler.scaling_factor = scale
+        sae.b_dec.data.copy_(feed.held_out.mean(dim=0) * scale)
+        _fit(trainer, feed, progress)
+        sae.fold_activation_norm_scaling_factor(scale)
+        sae.eval()
+        sae.topk_threshold.fill_(_threshold(sae, feed.recent(), k))
+    return _save(sae, Path(out), feed, settings, overwrite)
+
+
+def _new_sae(
+    site: str,
+    d_model: int,
+    d_sae: int,
+    k: int,
+    device: str,
+    model: LanguageModel | None,
+) -> BatchTopKTrainingSAE:
+    metadata = SAEMetadata(
+        hook_name=site,
+        model_name=None if model is None else model.checkpoint.name,
+        model_digest=None if model is None else weights_digest(model),
+    )
+    config = BatchTopKTrainingSAEConfig(
+        d_in=d_model,
+        d_sae=d_sae,
+        k=k,
+        device=device,
+        normalize_activations="expected_average_only_in",
+        metadata=metadata,
+    )
+    return BatchTopKTrainingSAE(config)
+
+
+def _trainer_config(steps: int, batch_tokens: int, lr: float, device: str) -> SAETrainerConfig:
+    return SAETrainerConfig(
+        total_training_samples=steps * batch_tokens,
+        train_batch_size_samples=batch_tokens,
+        lr=lr,
+        lr_end=lr,  # unused by the constant schedule, and refused when absent
+        lr_scheduler_name="constant",
+        lr_warm_up_steps=max(2, steps // 20),
+        lr_decay_steps=max(1, steps // 5),
+        device=device,
+        dead_feature_window=max(20, min(1000, steps // 10)),
+        n_checkpoints=0,
+        logger=LoggingConfig(log_to_wandb=False),
+    )
+
+
+def _fit(
+    trainer: SAETrainer[Any, Any], feed: _Feed, progress: Callable[[TrainingProgress], None] | None
+) -> None:
+    """The trainer's own `fit` without its progress bar: its public seams, step by step."""
+    for step in range(1, feed.steps + 1):
+        output = trainer.step(next(feed))
+        trainer.n_training_steps += 1
+        if step % 50 == 0 or step == feed.steps:
+            loss = float(output.loss.detach())
+            if not math.isfinite(loss):
+                raise NonFiniteError(
+                    f"the loss is {loss} at step {step} of {feed.steps}", fix="lower lr"
+                )
+            if progress is not None:
+                progress(TrainingProgress(step, feed.steps, loss, int(trainer.dead_neurons.sum())))
+    trainer.activation_scaler.scaling_factor = None
+
+
+@torch.no_grad()
+def _threshold(sae: BatchTopKTrainingSAE, x: Float[Tensor, "token d_model"], k: int) -> float:
+    """The activation above which exactly `k` latents a token fire on `x`, on average."""
+    positive = torch.cat(
+        [pre[pre > 0] for part in x.split(2048) for pre in [sae.encode_with_hidden_pre(part)[1]]]
+    )
+    wanted = k * x.shape[0]
+    if positive.numel() <= wanted:
+        return 0.0
+    # the largest value left out; between it and the next nothing lies, so `>` keeps exactly
+    # `wanted`
+    return float(positive.kthvalue(positive.numel() - wanted).values)
+
+
+def _save(
+    sae: BatchTopKTrainingSAE, out: Path, feed: _Feed, settings: dict[str, Any], overwrite: bool
+) -> Dictionary:
+    with atomic_folder(out, overwrite=overwrite) as folder:
+        sae.save_inference_model(folder)
+        figures = _measure(sae, load_sae(folder), feed)
+        path = folder / SAE_CFG_FILENAME
+        config = json.loads(path.read_text())
+        config["device"] = "cpu"  # where it was trained says nothing about where it will be read
+        config["metadata"]["training"] = {**settings, **asdict(figures)}
+        path.write_text(json.dumps(config, indent=2) + "\n")
+    return load_sae(out)
+
+
+@torch.no_grad()
+def _measure(sae: BatchTopKTrainingSAE, dictionary: Dictionary, feed: _Feed) -> TrainingFigures:
+    x = feed.held_out
+    dictionary = dictionary.to(x.device)
+    codes = encode(dictionary, x)
+    total = float((x - x.mean(dim=0)).double().square().sum())
+    left = float((x - decode(dictionary, codes)).double().square().sum())
+    # training's rule ranks within a batch, so it is measured in batches of training's size
+    left_training = sum(
+        float((part - sae.decode(sae.encode(part))).double().square().sum())
+        for part in x.split(feed.batch_tokens)
+    )
+    fired = codes.latent_index.bincount(minlength=dictionary.d_sae)
+    return TrainingFigures(
+        explained_variance=1 - left / total if total > 0 else math.nan,
+        explained_variance_batchtopk=1 - left_training / total if total > 0 else math.nan,
+        l0=len(codes.value) / x.shape[0],
+        dead=float((fired == 0).double().mean()),
+        held_out_tokens=x.shape[0],
+        trained_tokens=feed.steps * feed.batch_tokens,
+    )
+
+
+class _Feed(Iterator[Tensor]):
+    """Batches of activations; keeps `held_out` tokens back and remembers the last ones it gave
+    (`recent`).
+    """
+
+    def __init__(
+        self,
+        activations: Tensor | Iterable[Tensor],
+        batch_tokens: int,
+        steps: int | None,
+        device: str,
+    ) -> None:
+        self.batch_tokens = batch_tokens
+        self.device = device
+        self._recent: list[Tensor] = []
+        if isinstance(activations, Tensor):
+            n = activations.shape[0]
+            self._require(n)
+            _check_finite(activations)
+            order = torch.randperm(n)
+            held = min(HELD_OUT_TOKENS, n // 10)
+            self.held_out = activations[order[:held]].float().to(device)
+            self.steps = steps or max(1, (n - held) // batch_tokens)
+            self._batches = self._shuffled(activations, order[held:])
+        else:
+            if steps is None:
+                raise InputError("steps must be given when activations come as an iterable")
+            self.steps = steps
+            chunks = iter(activations)
+            wanted = min(HELD_OUT_TOKENS, steps * batch_tokens // 10)
+            self.held_out, rest = _take(chunks, max(1, wanted))
+            self.held_out = self.held_out.to(device)
+            buffer = max(16 * batch_tokens, 4 * HELD_OUT_TOKENS)
+            self._batches = mixing_buffer(buffer, batch_tokens, _floats(rest, chunks))
+
+    def __next__(self) -> Tensor:
+        try:
+            batch = next(self._batches)
+        except StopIteration:
+            raise InputError(
+                f"the activations ran out before step {self.steps} of {self.batch_tokens} tokens",
+                fix="give more activations, or fewer steps",
+            ) from None
+        self._recent.append(batch)
+        if (len(self._recent) - 1) * self.batch_tokens >= HELD_OUT_TOKENS:
+            self._recent.pop(0)
+        return batch.to(self.device)
+
+    def recent(self) -> Float[Tensor, "token d_model"]:
+        return torch.cat(self._recent)[-HELD_OUT_TOKENS:].to(self.device)
+
+    def _require(self, n: int) -> None:
+        if n < 2 * self.batch_tokens:
+            raise InputError(
+                f"{n} tokens of activations are too few: at least two batches of "
+                f"{self.batch_tokens} are needed",
+                fix="capture more tokens, or lower batch_tokens",
+            )
+
+    def _shuffled(self, activations: Tensor, order: Tensor) -> Iterator[Tensor]:
+        while True:
+            order = order[torch.randperm(order.shape[0])]
+            for start in range(0, order.shape[0] - self.batch_tokens + 1, self.batch_tokens):
+                yield activations[order[start : start + self.batch_tokens]].float()
+
+
+def _take(chunks: Iterator[Tensor], wanted: int) -> tuple[Tensor, Tensor]:
+    """The first `wanted` tokens, and what was left of the chunk they ended in."""
+    taken: list[Tensor] = []
+    n = 0
+    for chunk in chunks:
+        _check_finite(chunk)
+        taken.append(chunk.float())
+        n += chunk.shape[0]
+        if n >= wanted:
+            break
+    if n < wanted:
+        raise InputError(f"the activations end after {n} tokens; {wanted} are held out alone")
+    together = torch.cat(taken)
+    return together[:wanted], together[wanted:]
+
+
+def _floats(first: Tensor, chunks: Iterator[Tensor]) -> Iterator[Tensor]:
+    yield first
+    for chunk in chunks:
+        _check_finite(chunk)
+        yield chunk.float()
+
+
+def _check_finite(x: Tensor) -> None:
+    if not bool(torch.isfinite(x).all()):
+        raise NonFiniteError("the activations hold NaN or infinity")

@@ -1,0 +1,1 @@
+"""Which latents cause the behaviour: from cheap estimates to generation, with the nulls beside them."""

@@ -1,0 +1,123 @@
+"""The margin: how much more likely the tuned model's answer is than the base model's, teacher-forced.
+
+A generation-free measure of the behaviour. Each *contrast* is one prompt with two answers: the one the
+base model gives and the one the tuned model gives, which shows the trait. An edit that cures raises the
+log-probability of the first and lowers that of the second; one that only breaks the model lowers both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from persona_probe.errors import InputError
+from persona_probe.model.chat import Rendered, pad
+from persona_probe.model.language_model import LanguageModel
+from persona_probe.steering.intervention import Intervention
+from persona_probe.steering.plan import SteeringPlan, steer
+
+Fix = tuple[Intervention, ...]
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """One prompt, rendered with the base model's answer and with the tuned model's."""
+
+    question: str
+    base: Rendered
+    tuned: Rendered
+
+
+@dataclass(frozen=True, eq=False)
+class Margins:
+    """Mean log-probability per answer token (nats), for every fix and contrast."""
+
+    base_answer: Float[Tensor, "fix contrast"]
+    tuned_answer: Float[Tensor, "fix contrast"]
+
+    @property
+    def margin(self) -> Float[Tensor, " fix"]:
+        """Mean over contrasts; positive where the tuned model's answers win."""
+        return (self.tuned_answer - self.base_answer).mean(dim=1)
+
+    @property
+    def restored(self) -> Float[Tensor, " fix"]:
+        """Mean probability (0..1) of the base model's answer among the two, per token."""
+        return torch.sigmoid(self.base_answer - self.tuned_answer).mean(dim=1)
+
+
+def response_log_probabilities(
+    lm: LanguageModel,
+    documents: Sequence[Rendered],
+    fixes: Sequence[Fix] | None = None,
+    *,
+    batch_tokens: int = 16_384,
+) -> Float[Tensor, " document"]:
+    """Mean log-probability per response token of each document, each under its own fix.
+
+    Documents of similar length share a batch, so results do not depend on the order given.
+    """
+    order = sorted(range(len(documents)), key=lambda i: len(documents[i].ids))
+    result = torch.zeros(len(documents))
+    pad_id = lm.pad_id
+    while order:
+        longest = len(documents[order[-1]].ids)
+        count = max(1, batch_tokens // longest)
+        batch, order = order[-count:], order[:-count]
+        rendered = [documents[i] for i in batch]
+        ids, mask, position_ids = pad(rendered, pad_id, side="right")
+        counted = torch.zeros(ids.shape, dtype=torch.bool)
+        for row, document in enumerate(rendered):
+            counted[row, : len(document.ids)] = torch.tensor(document.response)
+
+        def score(
+            ids: Int[Tensor, "batch pos"] = ids,
+            mask: Int[Tensor, "batch pos"] = mask,
+            position_ids: Int[Tensor, "batch pos"] = position_ids,
+            counted: Tensor = counted,
+        ) -> Float[Tensor, " batch"]:
+            return _mean_log_probability(lm, ids, mask, position_ids, counted)
+
+        if fixes is None or not any(fixes[i] for i in batch):
+            result[batch] = score()
+            continue
+        lengths = [document.prompt_length for document in rendered]
+        with steer(lm, SteeringPlan(tuple(fixes[i] for i in batch)), prompt_lengths=lengths):
+            result[batch] = score()
+    return result
+
+
+@torch.no_grad()
+def _mean_log_probability(
+    lm: LanguageModel,
+    ids: Int[Tensor, "batch pos"],
+    mask: Int[Tensor, "batch pos"],
+    position_ids: Int[Tensor, "batch pos"],
+    counted: Tensor,
+) -> Float[Tensor, " batch"]:
+    logits = lm.forward(ids, mask, position_ids)[:, :-1]
+    chosen = logits.gather(-1, ids[:, 1:, None].to(logits.device))[..., 0]
+    log_p = (chosen.float() - logits.float().logsumexp(dim=-1)).cpu()
+    weight = counted[:, 1:].float()
+    return (log_p * weight).sum(dim=1) / weight.sum(dim=1)
+
+
+def margins(
+    lm: LanguageModel, contrasts: Sequence[Contrast], fixes: Sequence[Fix]
+) -> Margins:
+    """Score every contrast under every fix (an empty fix is the model as it is).
+
+    Raises:
+        InputError: no contrasts.
+    """
+    if not contrasts:
+        raise InputError("there is no contrast: no question on which the two models answer apart")
+    documents = [c.base for c in contrasts] + [c.tuned for c in contrasts]
+    scores = response_log_probabilities(
+        lm, documents * len(fixes), [fix for fix in fixes for _ in documents]
+    ).reshape(len(fixes), 2, len(contrasts))
+    return Margins(scores[:, 0], scores[:, 1])

@@ -1,0 +1,228 @@
+"""The screen: which latents, sets and directions cause the behaviour, cheap stages first.
+
+1. candidates: at every site, latents by |Δ| and by |difference in differences|, rising and falling;
+2. attribution: one backward pass ranks them all (first order);
+3. margin: the exact edit, teacher-forced, on every survivor; sets of up to five grow greedily from the
+   best, within a block or across blocks, once at gain 1 (necessity) and once at gain 2 (control);
+4. generation and judge, only for what is left: dose-response of the cure in the tuned model and of
+   inducing in the base, settings chosen under an incoherence budget.
+
+Difference-of-means directions, which need no dictionary, run through the same stages beside the latents.
+All of it sees calibration questions only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from persona_probe.model.language_model import LanguageModel
+from persona_probe.model.pair import ModelPair
+from persona_probe.screening.attribution import attributions
+from persona_probe.screening.calibrate import (
+    Bench,
+    Dose,
+    Rates,
+    cures,
+    inductions,
+    value,
+    whole,
+)
+from persona_probe.screening.candidate import Candidate, Carrier
+from persona_probe.screening.evidence import SiteEvidence, mean_differences
+from persona_probe.screening.margin import Contrast, margins
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ScreenSettings:
+    """How wide to search and how much incoherence to accept."""
+
+    per_ranking: int = 16
+    """Latents taken from each ranking at each site."""
+    after_attribution: int = 32
+    """Latents that go on to the margin stage."""
+    after_margin: int = 6
+    """Single latents that go on to generation."""
+    set_size: int = 5
+    """Largest set."""
+    set_pool: int = 16
+    """Latents a set may be made of."""
+    cure_incoherence: float = 0.04
+    """Incoherent answers a cure may add to the tuned model's."""
+    induce_incoherence: float = 0.10
+    """Incoherent answers an induced base model may give."""
+    set_gain: float = 0.02
+    """Least improvement (nats per token of the base's answers) that another member must bring."""
+
+
+@dataclass(frozen=True, eq=False)
+class Finding:
+    """What is known of one candidate after the last stage."""
+
+    candidate: Candidate
+    cure: Dose
+    induce: Dose
+    attribution: float | None
+    """Estimated change of the margin, nats per token; None where not estimated."""
+    restored: float | None
+    """Log-probability of the base's answers under the cure, nats per token (margin stage)."""
+
+    @property
+    def necessity(self) -> Rates:
+        """Rates at gain 1: brought back to the base's level and no further."""
+        return next(s.rates for s in self.cure.settings if s.strength == 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Screen:
+    """Findings best first, by kind, with the rates they are to be compared with."""
+
+    latents: tuple[Finding, ...]
+    sets: tuple[Finding, ...]
+    directions: tuple[Finding, ...]
+    base: Rates
+    tuned: Rates
+    """Calibration rates without any edit."""
+    stages: dict[str, int]
+    """How many candidates each stage looked at."""
+    site_effect: dict[str, float]
+    """Share of the behaviour's margin that putting the base's activations back at each site removes."""
+
+    @property
+    def best(self) -> Finding | None:
+        """The finding with most whole answers, of any kind; the simpler one where two are equal."""
+        every = [*self.latents[:1], *self.sets[:1], *self.directions[:1]]
+        return max(every, key=_merit, default=None)
+
+
+def screen(
+    pair: ModelPair,
+    evidence: Sequence[SiteEvidence],
+    contrasts: Sequence[Contrast],
+    bench: Bench,
+    *,
+    settings: ScreenSettings | None = None,
+    progress: Progress | None = None,
+) -> Screen:
+    """Find what causes the tuned model's behaviour; see the module's text.
+
+    Args:
+        evidence: one entry per site, with a dictionary where there is one.
+        contrasts: calibration prompts on which the models differ in the trait.
+        bench: calibration questions, sampling and judge.
+
+    Raises:
+        InputError: no contrast.
+    """
+    how = settings or ScreenSettings()
+    tell = progress or (lambda _: None)
+    carriers = [site.latent(index) for site in evidence for index in site.candidates(how.per_ranking)]
+    stages = {"candidates": len(carriers)}
+
+    tell(f"attribution of {len(carriers)} latents")
+    effects = attributions(pair.tuned, contrasts, carriers) if carriers else torch.zeros(0)
+    order = torch.argsort(effects)[: how.after_attribution].tolist()
+    kept = [carriers[i] for i in order]
+    stages["attribution"] = len(kept)
+
+    tell(f"margin of {len(kept)} latents")
+    singles = [Candidate("latent", (carrier,)) for carrier in kept]
+    scores = _restored(pair.tuned, contrasts, singles)
+    ranked = sorted(range(len(singles)), key=lambda i: -scores[i])
+    pool = [kept[i] for i in ranked[: how.set_pool]]
+    survivors = [singles[i] for i in ranked[: how.after_margin]]
+    stages["margin"] = len(kept)
+
+    tell("growing sets")
+    sets = _unique([_grow(pair.tuned, contrasts, pool, gain, how) for gain in (1.0, 2.0)])
+    benign = any(site.benign_means for site in evidence)
+    directions = mean_differences(evidence, corrected=False)
+    if benign:
+        directions += mean_differences(evidence, corrected=True)
+
+    everything = [*survivors, *sets, *directions]
+    stages["generation"] = len(everything)
+    tell(f"generating under {len(everything)} candidates")
+    tuned_rates = bench.run(pair.tuned, [()])[0]
+    base_rates = bench.run(pair.base, [()])[0]
+    limit = value(tuned_rates, "incoherent") + how.cure_incoherence
+    cured = cures(pair.tuned, everything, bench, incoherent_at_most=limit)
+    tell(f"inducing with {len(everything)} candidates")
+    induced = inductions(
+        pair.base, everything, bench, incoherent_at_most=how.induce_incoherence
+    )
+    estimated = {c.label: float(e) for c, e in zip(carriers, effects, strict=True)}
+    restored = {c.label: s for c, s in zip(singles, scores, strict=True)}
+    findings = [
+        Finding(c, cure, induce, estimated.get(c.label), restored.get(c.label))
+        for c, cure, induce in zip(everything, cured, induced, strict=True)
+    ]
+
+    def of(kind: str) -> tuple[Finding, ...]:
+        return tuple(sorted((f for f in findings if f.candidate.kind == kind), key=_merit, reverse=True))
+
+    return Screen(
+        of("latent"),
+        of("set"),
+        of("difference of means"),
+        base_rates,
+        tuned_rates,
+        stages,
+        {},
+    )
+
+
+def _merit(finding: Finding) -> tuple[bool, float, int]:
+    best = finding.cure.best
+    return best.within_budget, whole(best.rates), -len(finding.candidate.carriers)
+
+
+def _restored(
+    lm: LanguageModel, contrasts: Sequence[Contrast], candidates: Sequence[Candidate]
+) -> list[float]:
+    """Log-probability of the base's answers under each cure, at the better of gains 1 and 2."""
+    if not candidates:
+        return []
+    fixes = [candidate.cure(gain) for gain in (1.0, 2.0) for candidate in candidates]
+    scores = margins(lm, contrasts, fixes).base_answer.mean(dim=1).reshape(2, -1)
+    return scores.amax(dim=0).tolist()
+
+
+def _grow(
+    lm: LanguageModel,
+    contrasts: Sequence[Contrast],
+    pool: Sequence[Carrier],
+    gain: float,
+    how: ScreenSettings,
+) -> Candidate | None:
+    """Add, one at a time, the latent that brings the base's answers back furthest; None below two."""
+    members: tuple[Carrier, ...] = ()
+    reached = float("-inf")
+    while len(members) < how.set_size:
+        extended = [
+            Candidate("set", (*members, carrier))
+            for carrier in pool
+            if not any(_same(carrier, member) for member in members)
+        ]
+        if not extended:
+            break
+        scores = margins(lm, contrasts, [c.cure(gain) for c in extended]).base_answer.mean(dim=1)
+        best = int(scores.argmax())
+        if float(scores[best]) < reached + how.set_gain:
+            break
+        members, reached = extended[best].carriers, float(scores[best])
+    return Candidate("set", members) if len(members) > 1 else None
+
+
+def _same(one: Carrier, other: Carrier) -> bool:
+    """Nearly one direction at one site: editing both would edit it twice."""
+    return one.site == other.site and abs(float(one.unit @ other.unit)) > 0.95
+
+
+def _unique(candidates: Sequence[Candidate | None]) -> list[Candidate]:
+    found = {candidate.key: candidate for candidate in candidates if candidate is not None}
+    return list(found.values())

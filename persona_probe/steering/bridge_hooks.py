@@ -1,0 +1,63 @@
+"""The same edits as hook functions for a `TransformerBridge`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from persona_probe.errors import MismatchError
+from persona_probe.steering.kernel import SiteEdit
+from persona_probe.steering.positions import RowTokens, row_tokens
+
+
+def bridge_hooks(
+    sites: Mapping[str, SiteEdit],
+    *,
+    prompt_lengths: Sequence[int] | None = None,
+    attention_mask: Tensor | None = None,
+) -> list[tuple[str, Callable[..., Any]]]:
+    """`(hook name, hook)` per site.
+
+    `attention_mask` (`[batch, pos]`; what later passes add to it is real) says which tokens are
+    padding, `prompt_lengths` how many real tokens of each row are prompt (default: those of the
+    mask, else all). A pass is taken to hold whole rows: with a KV cache only edits at all positions
+    are right. Raises `MismatchError`, from within the pass, when rows are shorter than the mask or
+    the prompt.
+    """
+
+    def hook_of(edit: SiteEdit) -> Callable[..., Any]:
+        def hook(x: Float[Tensor, "batch pos d_model"], hook: object) -> Tensor:  # noqa: ARG001
+            return edit.apply(x, _whole_rows(x, prompt_lengths, attention_mask))[0]
+
+        return hook
+
+    return [(site, hook_of(edit)) for site, edit in sites.items()]
+
+
+def _whole_rows(x: Tensor, prompt_lengths: Sequence[int] | None, mask: Tensor | None) -> RowTokens:
+    batch, length = x.shape[:2]
+    shortest = max(mask.shape[1] if mask is not None else 0, *(prompt_lengths or (0,)), 0)
+    if length < shortest:
+        raise MismatchError(
+            f"a pass of {length} tokens came where rows have at least {shortest}: a hook cannot "
+            "see the KV cache",
+            fix="generate with use_past_kv_cache=False, or use steer()",
+        )
+    grown = mask
+    if mask is not None and mask.shape[1] < length:
+        grown = torch.cat([mask, mask.new_ones(mask.shape[0], length - mask.shape[1])], dim=1)
+    tokens = row_tokens(batch, length, attention_mask=grown, device=x.device)
+    if prompt_lengths is not None:
+        lengths = torch.tensor(list(prompt_lengths), device=x.device)
+    elif mask is not None:
+        lengths = mask.sum(dim=-1)
+    else:
+        return tokens
+    if batch % len(lengths):
+        raise MismatchError(f"{len(lengths)} prompt lengths were given for {batch} rows")
+    lengths = lengths.repeat_interleave(batch // len(lengths))
+    return RowTokens(tokens.position, tokens.real, lengths)

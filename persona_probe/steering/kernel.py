@@ -1,0 +1,318 @@
+"""The edit itself: a whole batch, with another intervention on every row, in a handful of tensor
+operations.
+
+Every operation is one clipped affine map of the amount z that is read, `z' = min(max(a z + b, low),
+high)`, and moves the activation by `(z' - z) @ write`. So what differs between rows is numbers, not
+code: rows are padded to the same number of latents and computed together.
+
+    z     = x @ read + bias, 0 at or below the threshold
+    delta = (min(max((a - 1) z + b, low - z), high - z), 0 where not selected) @ write
+
+The difference is formed directly: `(z + level) - z` would lose digits. What is not in the edited
+direction, the SAE's error included, is untouched. Computed in fp32 at least, and rounded once to
+the activation's type.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from persona_probe.errors import MismatchError
+from persona_probe.steering.positions import Positions, RowTokens
+
+_INF = math.inf
+BIAS, THRESHOLD, SLOPE, SHIFT, LOW, HIGH, ABOVE = range(7)
+_KEPT_SHAPES = 8
+_NO_EDIT = (0.0, -_INF, 0.0, 0.0, -_INF, _INF, _INF)
+
+
+@dataclass(frozen=True, eq=False)
+class TopK:
+    """A whole top-k encoder: whether one latent fires depends on all of them."""
+
+    weight: Float[Tensor, "d_model d_sae"]
+    bias: Float[Tensor, " d_sae"]
+    b_dec: Float[Tensor, " d_model"] | None
+    k: int
+
+    @property
+    def identity(self) -> tuple[int, ...]:
+        """Equal for encoders that share their tensors, so that those are run once for all rows."""
+        shift = 0 if self.b_dec is None else self.b_dec.data_ptr()
+        return (self.weight.data_ptr(), self.bias.data_ptr(), shift, self.k)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> TopK:
+        shift = None if self.b_dec is None else self.b_dec.to(device, dtype)
+        return TopK(self.weight.to(device, dtype), self.bias.to(device, dtype), shift, self.k)
+
+
+@dataclass(frozen=True, eq=False)
+class AffineEdit:
+    """One intervention as numbers."""
+
+    read: Float[Tensor, "d_model latent"]
+    coefficients: Float[Tensor, "7 latent"]
+    """Rows: bias, threshold, a - 1, b, low, high, and the amount above which the edit is made at
+    all.
+    """
+    write: Float[Tensor, "latent d_model"]
+    """What a change of one in z adds; the gain is in it."""
+    positions: Positions
+    top_k: TopK | None = None
+    """Read the amounts from this encoder; `read` is then zero."""
+    columns: tuple[int, ...] = ()
+    """Which of its latents they are."""
+    random: Float[Tensor, " d_model"] | None = None
+    """Move by the same distance in this (unit) direction instead."""
+
+
+class Firing(NamedTuple):
+    """What one forward pass did at one site, per edited row."""
+
+    rows: Int[Tensor, " row"] | None
+    """Their indices in the batch; None means all."""
+    selected: Int[Tensor, " row"]
+    """Tokens at the positions asked for."""
+    edited: Int[Tensor, " row"]
+    """Those of them where the condition held."""
+    changed: Int[Tensor, " row"]
+    """Those of them that moved."""
+    norm_sum: Float[Tensor, " row"]
+    """Realised distances moved, in units of the activation."""
+    norm_max: Float[Tensor, " row"]
+
+
+@dataclass(frozen=True, eq=False)
+class _TopKSlots:
+    source: TopK
+    rows: Int[Tensor, " some_row"]
+    columns: Int[Tensor, "some_row latent"]
+    here: Bool[Tensor, "some_row latent"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Placed:
+    """The numbers of the edited rows, on the activation's device; without `row` where all rows
+    share them.
+    """
+
+    rows: Int[Tensor, " row"] | None
+    read: Float[Tensor, "row d_model latent"] | Float[Tensor, "d_model latent"]
+    coefficients: Float[Tensor, "7 row_or_1 1 latent"]
+    write: Float[Tensor, "row latent d_model"] | Float[Tensor, "latent d_model"]
+    kind: Int[Tensor, "row latent"]
+    random: Float[Tensor, "row_or_1 1 d_model"] | None
+    is_random: Bool[Tensor, "row_or_1 1 1"]
+    top_k: tuple[_TopKSlots, ...]
+
+
+class SiteEdit:
+    """All the edits of one site: `rows[i]` are those of row i (none: the row is left alone).
+
+    One row serves a batch of any size; n rows serve a batch of n, or of n r rows when each prompt
+    is repeated r times in place (`num_return_sequences`).
+    """
+
+    def __init__(self, rows: Sequence[Sequence[AffineEdit]]) -> None:
+        self.n_rows = len(rows)
+        self._edited = [i for i, edits in enumerate(rows) if edits]
+        distinct: dict[tuple[int, ...], int] = {}
+        for i in self._edited:
+            distinct.setdefault(tuple(id(edit) for edit in rows[i]), i)
+        order = {key: number for number, key in enumerate(distinct)}
+        self._which = torch.tensor(
+            [order[tuple(id(edit) for edit in rows[i])] for i in self._edited]
+        )
+        self._kinds: list[Positions] = []
+        self._sources: dict[tuple[int, ...], TopK] = {}
+        self._stack([rows[i] for i in distinct.values()])
+        self._placed: dict[tuple[int, torch.device, torch.dtype], _Placed] = {}
+
+    def _stack(self, rows: Sequence[Sequence[AffineEdit]]) -> None:
+        width = max(sum(edit.write.shape[0] for edit in edits) for edits in rows)
+        d_model = rows[0][0].write.shape[1]
+        n = len(rows)
+        self._read = torch.zeros(n, d_model, width)
+        self._coefficients = torch.tensor(_NO_EDIT)[:, None, None].repeat(1, n, width)
+        self._write = torch.zeros(n, width, d_model)
+        self._kind = torch.zeros(n, width, dtype=torch.long)
+        self._source = torch.full((n, width), -1)
+        self._column = torch.zeros(n, width, dtype=torch.long)
+        self._random = torch.zeros(n, d_model)
+        self._is_random = torch.zeros(n, dtype=torch.bool)
+        for i, edits in enumerate(rows):
+            start = 0
+            for edit in edits:
+                slots = slice(start, start + edit.write.shape[0])
+                start = slots.stop
+                self._read[i, :, slots] = edit.read
+                self._coefficients[:, i, slots] = edit.coefficients
+                self._write[i, slots] = edit.write
+                self._kind[i, slots] = self._number(edit.positions)
+                if edit.top_k is not None:
+                    self._sources.setdefault(edit.top_k.identity, edit.top_k)
+                    number = list(self._sources).index(edit.top_k.identity)
+                    self._source[i, slots] = number
+                    self._column[i, slots] = torch.tensor(edit.columns)
+                if edit.random is not None:
+                    self._random[i], self._is_random[i] = edit.random, True
+            # the unused slots follow some position that the row has anyway
+            self._kind[i, start:] = self._kind[i, 0]
+        # operations that no row needs are left out
+        self._gated = bool((self._coefficients[THRESHOLD] > -_INF).any())
+        self._sloped = bool((self._coefficients[SLOPE] != 0).any())
+        self._bounded = bool(self._coefficients[LOW : HIGH + 1].isfinite().any())
+        used = self._write.abs().amax(dim=-1) > 0
+        self._conditional = bool((self._coefficients[ABOVE][used] > -_INF).any())
+
+    def _number(self, positions: Positions) -> int:
+        if positions not in self._kinds:
+            self._kinds.append(positions)
+        return self._kinds.index(positions)
+
+    def _place(self, batch: int, device: torch.device, dtype: torch.dtype) -> _Placed:
+        key = (batch, device, dtype)
+        if key in self._placed:
+            return self._placed[key]
+        if self.n_rows > 1 and batch % self.n_rows:
+            raise MismatchError(
+                f"the plan has {self.n_rows} rows and the batch {batch}",
+                fix="give the plan one entry per row of the batch (or a single one for all rows)",
+            )
+        if len(self._placed) >= _KEPT_SHAPES:
+            self._placed.clear()
+        repeats = batch if self.n_rows == 1 else batch // self.n_rows
+        first = torch.tensor(self._edited)
+        rows = (first[:, None] * repeats + torch.arange(repeats)).flatten()
+        which = self._which.repeat_interleave(repeats)
+        shared = self._read.shape[0] == 1
+        pick = torch.zeros(1, dtype=torch.long) if shared else which
+        source = self._source[pick].expand(len(rows), -1)
+        column = self._column[pick].expand(len(rows), -1)
+        top_k: list[_TopKSlots] = []
+        for number, encoder in enumerate(self._sources.values()):
+            some = (source == number).any(dim=-1).nonzero().flatten()
+            top_k.append(
+                _TopKSlots(
+                    encoder.to(device, dtype),
+                    some.to(device),
+                    column[some].to(device),
+                    (source[some] == number).to(device),
+                )
+            )
+        placed = _Placed(
+            rows=None if len(rows) == batch else rows.to(device),
+            read=(self._read[0] if shared else self._read[pick]).to(device, dtype),
+            coefficients=self._coefficients[:, pick, None, :].to(device, dtype),
+            write=(self._write[0] if shared else self._write[pick]).to(device, dtype),
+            kind=self._kind[pick].expand(len(rows), -1).to(device),
+            random=self._random[pick, None, :].to(device, dtype) if self._is_random.any() else None,
+            is_random=self._is_random[pick, None, None].to(device),
+            top_k=tuple(top_k),
+        )
+        self._placed[key] = placed
+        return placed
+
+    def apply(
+        self, x: Float[Tensor, "batch pos d_model"], tokens: RowTokens
+    ) -> tuple[Float[Tensor, "batch pos d_model"], Firing | None]:
+        """The edited activation and what was done; no `Firing` when no token of this pass is asked
+        for.
+
+        Rows without an edit and tokens outside the positions come back bit for bit.
+        """
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        placed = self._place(x.shape[0], x.device, dtype)
+        selected = self._select(placed, tokens)
+        if selected is not None and not bool(selected.any()):
+            return x, None
+        own = x if placed.rows is None else x.index_select(0, placed.rows)
+        # a trainer's bf16 autocast would round the amounts
+        with torch.autocast(x.device.type, enabled=False):
+            wide = own.to(dtype)
+            change, keep = self._change(placed, wide, selected)
+            delta = change @ placed.write
+            norm = torch.linalg.vector_norm(delta, dim=-1)
+            if placed.random is not None:
+                delta = torch.where(placed.is_random, norm[..., None] * placed.random, delta)
+            edited = (wide + delta).to(x.dtype)
+        if keep is not None:
+            edited = torch.where(keep.any(dim=-1, keepdim=True), edited, own)
+        if placed.rows is not None:
+            edited = x.index_copy(0, placed.rows, edited)
+        return edited, _firing(placed.rows, norm.detach(), selected, keep)
+
+    def _select(self, placed: _Placed, tokens: RowTokens) -> Bool[Tensor, "row pos slot"] | None:
+        chosen = [tokens.select(kind) for kind in self._kinds]
+        if all(mask is None for mask in chosen):
+            return None
+        device = placed.kind.device
+        every = torch.ones_like(tokens.position, dtype=torch.bool)
+        table = torch.stack([every if mask is None else mask for mask in chosen]).to(device)
+        if placed.rows is not None:
+            table = table.index_select(1, placed.rows)
+        if len(chosen) == 1:
+            return table[0, :, :, None]
+        rows = torch.arange(table.shape[1], device=device)
+        return table[placed.kind, rows[:, None]].transpose(1, 2)
+
+    def _amounts(
+        self, placed: _Placed, x: Float[Tensor, "row pos d_model"]
+    ) -> Float[Tensor, "row pos latent"]:
+        z = x @ placed.read + placed.coefficients[BIAS]
+        for slots in placed.top_k:
+            own = x.index_select(0, slots.rows)
+            if slots.source.b_dec is not None:
+                own = own - slots.source.b_dec
+            dense = own @ slots.source.weight + slots.source.bias
+            top = dense.topk(slots.source.k, dim=-1, sorted=False).indices
+            columns = slots.columns[:, None, :].expand(-1, x.shape[1], -1)
+            fires = (top[..., None, :] == columns[..., None]).any(dim=-1)
+            amount = torch.where(fires, dense.gather(-1, columns), 0.0)
+            there = torch.where(slots.here[:, None, :], amount, z.index_select(0, slots.rows))
+            z = z.index_copy(0, slots.rows, there)
+        if self._gated:
+            z = torch.where(z > placed.coefficients[THRESHOLD], z, 0.0)
+        return z
+
+    def _change(
+        self,
+        placed: _Placed,
+        x: Float[Tensor, "row pos d_model"],
+        selected: Bool[Tensor, "row pos slot"] | None,
+    ) -> tuple[Float[Tensor, "row pos latent"], Bool[Tensor, "row pos slot"] | None]:
+        """`z' - z`, and where the edit is made (None: everywhere)."""
+        numbers = placed.coefficients
+        change = numbers[SHIFT].expand(x.shape[0], x.shape[1], -1)
+        if not (self._sloped or self._bounded or self._conditional):
+            return (change if selected is None else torch.where(selected, change, 0.0)), selected
+        z = self._amounts(placed, x)
+        if self._sloped:
+            change = change + numbers[SLOPE] * z
+        if self._bounded:
+            change = torch.minimum(torch.maximum(change, numbers[LOW] - z), numbers[HIGH] - z)
+        keep = selected
+        if self._conditional:
+            holds = z > numbers[ABOVE]
+            keep = holds if selected is None else holds & selected
+        return (change if keep is None else torch.where(keep, change, 0.0)), keep
+
+
+@torch.no_grad()
+def _firing(
+    rows: Tensor | None,
+    norm: Float[Tensor, "row pos"],
+    selected: Bool[Tensor, "row pos slot"] | None,
+    keep: Bool[Tensor, "row pos slot"] | None,
+) -> Firing:
+    every = torch.full(norm.shape[:1], norm.shape[1], device=norm.device)
+    at = every if selected is None else selected.any(dim=-1).sum(dim=-1)
+    edited = every if keep is None else keep.any(dim=-1).sum(dim=-1)
+    return Firing(rows, at, edited, (norm > 0).sum(dim=-1), norm.sum(dim=-1), norm.amax(dim=-1))

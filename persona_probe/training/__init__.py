@@ -1,0 +1,1 @@
+"""Training: the one trainer behind pre-training, narrow fine-tunes and the lab."""

@@ -1,0 +1,174 @@
+"""Supervised training on token ids: one function for pre-training and for narrow fine-tunes.
+
+transformers' ``Trainer`` runs it, so checkpoints, resuming and logs are those users know. Loss counts
+only the tokens an example marks. Batches are right-padded and carry no attention mask: under causal
+attention no real token sees the padding behind it, and the mask-free kernels are faster.
+
+Not covered here: reinforcement learning and the defences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from persona_probe.errors import InputError
+
+IGNORED = -100  # the label that torch's cross entropy leaves out
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of one document and which of them the loss counts."""
+
+    ids: tuple[int, ...]
+    counted: tuple[bool, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.ids) != len(self.counted):
+            raise InputError(f"{len(self.ids)} token ids but {len(self.counted)} loss marks")
+        if not any(self.counted):
+            raise InputError(
+                "an example has no token that the loss counts",
+                fix="give every conversation an assistant turn",
+            )
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How to train. Everything that changes the result is here."""
+
+    steps: int
+    """Optimiser steps."""
+    batch: int = 16
+    """Examples per step."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+    warmup_steps: int = 0
+    """Linear warm-up, in steps."""
+    schedule: str = "linear"
+    """transformers' name of the schedule."""
+    weight_decay: float = 0.0
+    beta2: float = 0.999
+    seed: int = 0
+    bf16: bool = False
+    """Autocast to bfloat16 (on CPUs with AMX about 1.2x faster)."""
+    save_every: int = 0
+    """Steps between checkpoints; 0 keeps none, and a killed run starts over."""
+
+
+class _Examples(Dataset[dict[str, Any]]):
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self.examples[index]
+        return {"input_ids": example.ids, "counted": example.counted, "length": len(example.ids)}
+
+
+def collate(
+    rows: Sequence[dict[str, Any]], pad_id: int
+) -> dict[str, Int[Tensor, "batch pos"]]:
+    """Right-pad rows to one batch; uncounted tokens and padding carry the ignored label."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    ids = torch.full((len(rows), longest), pad_id)
+    labels = torch.full((len(rows), longest), IGNORED)
+    for number, row in enumerate(rows):
+        tokens = torch.tensor(row["input_ids"])
+        counted = torch.tensor(row["counted"])
+        ids[number, : len(tokens)] = tokens
+        labels[number, : len(tokens)] = torch.where(counted, tokens, IGNORED)
+    return {"input_ids": ids, "labels": labels}
+
+
+class _Progress(TrainerCallback):
+    def __init__(self, report: Callable[[int, float | None], None]) -> None:
+        self.report = report
+
+    def on_log(
+        self,
+        args: TrainingArguments,  # noqa: ARG002  the callback's signature is transformers'
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        self.report(state.global_step, (logs or {}).get("loss"))
+
+
+def fit(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    settings: FitSettings,
+    folder: Path,
+    *,
+    pad_id: int,
+    progress: Callable[[int, float | None], None] | None = None,
+) -> list[dict[str, float]]:
+    """Train ``model`` in place and return the logged losses.
+
+    Args:
+        model: any causal language model, or a PEFT model (then only its adapter learns).
+        examples: drawn in random order, similar lengths together.
+        folder: where checkpoints go; the newest one there is resumed.
+        pad_id: the token id to pad with (never read by a real token).
+        progress: called with (step, loss or None) at every log.
+
+    Raises:
+        InputError: no examples.
+    """
+    if not examples:
+        raise InputError("there is nothing to train on: no examples")
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch,
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup_steps,
+        lr_scheduler_type=settings.schedule,
+        weight_decay=settings.weight_decay,
+        adam_beta2=settings.beta2,
+        seed=settings.seed,
+        bf16=settings.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        train_sampling_strategy="group_by_length",
+        save_strategy="steps" if settings.save_every else "no",
+        save_steps=settings.save_every or 500,
+        save_total_limit=2,
+        logging_steps=max(1, settings.steps // 100),
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=_Examples(examples),
+        data_collator=lambda rows: collate(rows, pad_id),
+        callbacks=[_Progress(progress)] if progress else [],
+    )
+    resume = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    model.train()
+    trainer.train(resume_from_checkpoint=resume)
+    model.eval()
+    return [entry for entry in trainer.state.log_history if "loss" in entry]

@@ -1,0 +1,139 @@
+"""The shell answers at once, and what goes wrong becomes a message and an exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from persona_probe import errors
+from persona_probe.cli.app import app
+
+HEAVY = [
+    "torch",
+    "transformers",
+    "numpy",
+    "polars",
+    "plotly",
+    "sae_lens",
+    "transformer_lens",
+    "peft",
+]
+
+
+def loaded_after(code: str) -> list[str]:
+    """Which of the heavy packages a fresh process has loaded after running `code`."""
+    program = (
+        f"import json, sys\n{code}\nprint(json.dumps([m for m in {HEAVY} if m in sys.modules]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_help_answers_in_half_a_second() -> None:
+    def seconds() -> float:
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "persona_probe.cli", "--help"], capture_output=True, text=True
+        )
+        assert done.returncode == 0
+        assert "doctor" in done.stdout
+        return time.perf_counter() - start
+
+    # the best of some, because the machine may be busy with something else
+    assert min(seconds() for _ in range(5)) < 0.5
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import persona_probe; dir(persona_probe)",
+        "import persona_probe.cli",
+        "from typer.testing import CliRunner; from persona_probe.cli.app import app; "
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0",
+    ],
+)
+def test_nothing_heavy_is_loaded(code: str) -> None:
+    assert loaded_after(code) == []
+
+
+def test_every_command_explains_itself() -> None:
+    for command in typer.main.get_group(app).commands:
+        result = CliRunner().invoke(app, [command, "--help"])
+        assert result.exit_code == 0
+        assert "Usage" in result.output
+
+
+def test_version() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.exit_code == 0
+    assert result.output.split()[0] == "persona-probe"
+
+
+def test_a_wrong_call_exits_with_2() -> None:
+    assert CliRunner().invoke(app, ["no-such-command"]).exit_code == 2
+    assert CliRunner().invoke(app, ["doctor", "--no-such-flag"]).exit_code == 2
+
+
+def run_raising(error: str, debug: str = "0") -> subprocess.CompletedProcess[str]:
+    """The shell's command `boom`, which raises `error`, in a process of its own."""
+    program = (
+        "import sys\n"
+        "from persona_probe.errors import *\n"
+        "from persona_probe.cli.app import app, main\n"
+        "@app.command()\n"
+        "def boom():\n"
+        f"    raise {error}\n"
+        "sys.argv = ['persona-probe', 'boom']\n"
+        "main()\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PERSONA_PROBE_DEBUG": debug},
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        ("InputError('bad flag')", 2, "error: bad flag"),
+        ("MissingPathError('no [folder]', fix='make it')", 2, "no [folder]\n  fix: make it"),
+        ("MissingExtraError.of('trl', 'train')", 2, "next: pip install 'persona-probe[train]'"),
+        ("BusyError('in use')", 2, "error: in use"),
+        ("NotFiredError('never reached')", 1, "error: never reached"),
+        ("DiskFullError('full')", 1, "error: full"),
+        ("ZeroDivisionError('oops')", 1, "internal error: ZeroDivisionError: oops"),
+        ("KeyboardInterrupt", 130, "stopped; run the same command again to resume"),
+        ("SystemExit(3)", 3, ""),
+    ],
+)
+def test_an_error_becomes_a_message_and_an_exit_code(error: str, code: int, said: str) -> None:
+    done = run_raising(error)
+    assert done.returncode == code
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("error", ["InputError('bad flag')", "ZeroDivisionError('oops')"])
+def test_debug_shows_the_traceback(error: str) -> None:
+    done = run_raising(error, debug="1")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_every_error_has_its_exit_code() -> None:
+    from persona_probe.cli.app import exit_code
+
+    assert exit_code(errors.UnknownSiteError("x")) == 2
+    assert exit_code(errors.JudgeError("x")) == 1

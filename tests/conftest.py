@@ -1,0 +1,46 @@
+"""What holds in every test: one thread, no network, nothing looked up on a hub."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+# before torch or a Hugging Face library is imported, and inherited by every subprocess a test
+# starts
+os.environ.update(
+    {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "WANDB_MODE": "disabled",
+    }
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Two torch threads on a busy small machine are ten times slower than one."""
+    if "torch" in sys.modules:
+        torch = sys.modules["torch"]
+        if torch.get_num_threads() != 1:
+            torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Only this machine can be reached (a test server, a browser, a notebook's kernel)."""
+    real = socket.socket.connect
+
+    def connect(self: socket.socket, address: Any) -> None:
+        local = isinstance(address, str | bytes) or address[0] in ("127.0.0.1", "localhost", "::1")
+        if not local:
+            raise RuntimeError(f"a test tried to reach {address}: tests use no network")
+        real(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    yield
