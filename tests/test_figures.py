@@ -120,13 +120,9 @@ def lab(colour: str, sight: Any) -> Any:
     ],
     ids=["models", "arms"],
 )
-def test_colours_are_told_apart_by_every_eye_and_shapes_without_colour(
-    looks: list[Any], sight: str
-) -> None:
+def test_colours_are_told_apart_by_every_eye_and_shapes_without_colour(looks: list[Any], sight: str) -> None:
     for one, other in combinations(looks, 2):
-        apart = np.linalg.norm(
-            lab(one.colour, BLINDNESS[sight]) - lab(other.colour, BLINDNESS[sight])
-        )
+        apart = np.linalg.norm(lab(one.colour, BLINDNESS[sight]) - lab(other.colour, BLINDNESS[sight]))
         assert apart > 15, (one.words, other.words, sight)
         assert one.symbol != other.symbol
 
@@ -201,9 +197,7 @@ def table() -> pl.DataFrame:
 def test_the_volcano_is_as_high_as_minus_log_q() -> None:
     drawn = figures.volcano(table(), highlight=[1])
     heights = {x: y for t in drawn.data for x, y in zip(t.x, t.y, strict=True)}
-    assert heights == pytest.approx(
-        {x: -math.log10(q) for x, q in ((0.5, 1e-6), (-0.2, 0.02), (0.0, 0.9))}
-    )
+    assert heights == pytest.approx({x: -math.log10(q) for x, q in ((0.5, 1e-6), (-0.2, 0.02), (0.0, 0.9))})
     named = next(t for t in drawn.data if "text" in t.mode)
     assert list(named.x) == [0.5] and list(named.text) == ["latent 1"]
 
@@ -245,9 +239,7 @@ def test_no_effect_is_drawn_from_a_rate_that_was_not_measured() -> None:
 # dose and claims
 
 
-def dose(
-    arm: str, strength: float, bad: float, broken: float, unit: str = "gain"
-) -> dict[str, Any]:
+def dose(arm: str, strength: float, bad: float, broken: float, unit: str = "gain") -> dict[str, Any]:
     return {
         "arm": arm,
         "strength": strength,
@@ -261,9 +253,7 @@ def dose(
 
 def test_the_band_spans_the_controls_at_each_strength() -> None:
     points = [dose("latent", 2, 0.1, 0.05), dose("latent", 0, 0.8, 0.04)]
-    controls = [
-        dose("random direction", s, 0.8 - d - 0.1 * s, d) for s in (0, 2) for d in (0.1, 0.3)
-    ]
+    controls = [dose("random direction", s, 0.8 - d - 0.1 * s, d) for s in (0, 2) for d in (0.1, 0.3)]
     drawn = figures.dose_response(points, controls, reference=0.8)
     band = next(t for t in drawn.data if t.fill == "toself" and t.yaxis == "y")
     assert list(zip(band.x, band.y, strict=True)) == [
@@ -360,8 +350,6 @@ def test_every_figure_stands_on_an_empty_table() -> None:
 
 
 def test_plotly_is_loaded_only_when_a_figure_is_drawn() -> None:
-    code = (
-        "import sys, persona_probe.figures; print('plotly' in sys.modules, 'torch' in sys.modules)"
-    )
+    code = "import sys, persona_probe.figures; print('plotly' in sys.modules, 'torch' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.split() == ["False", "False"]

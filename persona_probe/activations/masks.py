@@ -54,8 +54,7 @@ class TokenMask:
         if self.drop_special:
             exempt = last if last > 0 and self.kind in ("last_prompt", "answer") else -1
             chosen = [
-                kept and (i == exempt or rendered.ids[i] not in special_ids)
-                for i, kept in enumerate(chosen)
+                kept and (i == exempt or rendered.ids[i] not in special_ids) for i, kept in enumerate(chosen)
             ]
         if self.skip_first or self.first_k is not None:
             end = None if self.first_k is None else self.skip_first + self.first_k

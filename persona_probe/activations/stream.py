@@ -65,6 +65,8 @@ def stream(
     if not models or not conversations:
         raise InputError("nothing to read: give at least one model and one conversation")
     names = list(dict.fromkeys(sites))
+    if not names:
+        raise InputError("no site to read", fix='name one, such as "blocks.1.hook_resid_post"')
     for model in models:
         for name in names:
             check_site(model.hf, name)
@@ -131,9 +133,7 @@ def _read(
 def _forward(model: LanguageModel, batch: Padded, sites: Sequence[str]) -> dict[str, Tensor]:
     ids, mask, positions = batch.to(model.device)
     with model.active() as hf, capture_at(hf, sites) as captured:
-        captured.run(
-            lambda: hf(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
-        )
+        captured.run(lambda: hf(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False))
         return dict(captured)
 
 
@@ -153,7 +153,6 @@ def _non_finite(
     token = int((~torch.isfinite(kept).all(dim=-1)).nonzero()[0])
     row, position = (int(i) for i in counted.nonzero()[token])
     return NonFiniteError(
-        f"{model.name} has a NaN or an infinity at {site}, conversation {documents[row]}, "
-        f"token {position}",
+        f"{model.name} has a NaN or an infinity at {site}, conversation {documents[row]}, token {position}",
         fix="load the model in a wider type (dtype='float32'), or check its weights",
     )

@@ -21,6 +21,7 @@ from persona_probe.artifact.records import (
     read_json,
     read_jsonl,
     write_json,
+    write_jsonl,
     write_text,
 )
 from persona_probe.artifact.run_folder import RunFolder
@@ -42,6 +43,7 @@ __all__ = [
     "shipped",
     "versions",
     "write_json",
+    "write_jsonl",
     "write_manifest",
     "write_text",
 ]

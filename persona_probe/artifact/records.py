@@ -67,6 +67,11 @@ def read_json(path: StrPath) -> Any:
         ) from error
 
 
+def write_jsonl(path: StrPath, rows: Iterable[object]) -> None:
+    """Write `rows` to `path`, one a line, whole or not at all."""
+    write_text(path, "".join(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in rows))
+
+
 def append_jsonl(path: StrPath, rows: Iterable[object]) -> None:
     """Append `rows` to `path`, one a line. A line torn by an earlier kill is cut off first."""
     path = Path(path)

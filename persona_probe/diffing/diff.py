@@ -178,9 +178,7 @@ class _Reader:
         self.fit.add_codes(self.dictionary, read[:2], codes[:2])
 
 
-def _check(
-    pair: ModelPair, dictionaries: Sequence[Dictionary], benign: Sequence[LanguageModel]
-) -> None:
+def _check(pair: ModelPair, dictionaries: Sequence[Dictionary], benign: Sequence[LanguageModel]) -> None:
     if not dictionaries:
         raise InputError("no dictionary given", fix="without one, use mean_difference")
     for model in benign:
@@ -207,13 +205,10 @@ def _table(
     conversations = reader.means.conversations
     used = int((conversations > 0).sum())
     blocks = [
-        _columns(block, conversations, n_benign)
-        for block in reader.latents.blocks(clusters, n_clusters)
+        _columns(block, conversations, n_benign) for block in reader.latents.blocks(clusters, n_clusters)
     ]
     columns = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-    half = columns["error"] * (
-        float(special.stdtrit(used - 1, (1 + confidence) / 2)) if used > 1 else np.nan
-    )
+    half = columns["error"] * (float(special.stdtrit(used - 1, (1 + confidence) / 2)) if used > 1 else np.nan)
     table: dict[str, object] = {
         "index": np.arange(reader.dictionary.d_sae),
         **{name: columns[name] for name in ("mean_base", "mean_tuned", "delta")},
@@ -279,8 +274,8 @@ def _columns(
         if n_benign >= 2:
             out |= {
                 "between": shifts.var(dim=0),
-                "within": _interaction(activation[2:], conversations),
-                "unit": _interaction(activation[1:], conversations),
+                "within": _interaction(moved, conversations),
+                "unit": _interaction(activation[1:] - base, conversations),
             }
     return {name: column.numpy() for name, column in out.items()}
 

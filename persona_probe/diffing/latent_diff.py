@@ -95,7 +95,7 @@ class LatentDiff:
             rows = rows.filter(pl.col(by) > 0 if direction == "up" else pl.col(by) < 0)
         return rows.sort(pl.col(by).abs(), descending=True, maintain_order=True).head(n)
 
-    def row(self, index: int) -> dict[str, float | None]:
+    def row(self, index: int) -> dict[str, int | float | None]:
         """One latent's row."""
         found = self.table.filter(pl.col("index") == index)
         if not len(found):

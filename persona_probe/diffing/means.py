@@ -43,9 +43,7 @@ class SiteMeans:
         """Mean activation of `model` minus the base's."""
         return self.mean[model] - self.mean[0]
 
-    def projected_shift(
-        self, unit: Float64[Tensor, " d_model"], model: int = 1
-    ) -> tuple[float, float]:
+    def projected_shift(self, unit: Float64[Tensor, " d_model"], model: int = 1) -> tuple[float, float]:
         """The shift of `model` along `unit`, and its cluster-robust standard error (NaN with one
         cluster).
         """
@@ -76,9 +74,7 @@ def mean_difference(
         raise InputError("no site to read", fix="name one, such as blocks.3.hook_resid_post")
     numbers, names = number_clusters(check_clusters(clusters, rendered))
     sums = {site: MeanSums(len(models), len(names), models[0].d_model) for site in sites}
-    for chunk in stream(
-        models, rendered, sites, mask or TokenMask("answer"), batch_tokens=batch_tokens
-    ):
+    for chunk in stream(models, rendered, sites, mask or TokenMask("answer"), batch_tokens=batch_tokens):
         for site, its in sums.items():
             read = [chunk.activations[i, site] for i in range(len(models))]
             its.add(chunk.document, numbers, read)

@@ -30,6 +30,9 @@ from persona_probe.errors import InputError
 
 Vector = NDArray[np.float64]
 
+ROUNDING = 1e-12
+"""A variance below this share of its unit is rounding: the tunes agree on that latent."""
+
 
 class Prior(NamedTuple):
     """What all latents together say of one latent's variance: worth `df` more observations of
@@ -77,8 +80,7 @@ def against_benign(
     """
     if n_benign < 2 or n_clusters < 2:
         raise InputError(
-            f"a test needs at least two benign tunes and two questions, got {n_benign} and "
-            f"{n_clusters}",
+            f"a test needs at least two benign tunes and two questions, got {n_benign} and {n_clusters}",
             fix="give more benign fine-tunes; without them the shift is described, not tested",
         )
     tested = tested & (unit > 0)
@@ -106,7 +108,7 @@ def fit_prior(variances: Vector, df: int) -> Prior:
 
     By the mean and the variance of their logarithms (Smyth 2004, section 6.2). Zeros say nothing
     and are left out."""
-    logs = np.log(variances[variances > 0])
+    logs = np.log(variances[variances > ROUNDING])
     if len(logs) < 3:
         return Prior(0.0, 1.0)
     centred = logs - special.digamma(df / 2) + np.log(df / 2)

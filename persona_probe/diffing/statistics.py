@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Float64, Int
@@ -78,7 +78,7 @@ class LatentSums:
                 0, code.latent_index.cpu(), code.value.float().cpu(), reduce="amax"
             )
 
-    def merge(self, other: Self) -> Self:
+    def merge(self, other: LatentSums) -> LatentSums:
         """Add the conversations of another shard; returns this one.
 
         Raises `MismatchError` when the shards share a conversation, or are of other models or
@@ -112,7 +112,7 @@ class LatentSums:
                     index = part.latent[low:high] - start
                     # indices of one document are distinct, so plain indexing adds each once
                     activation[model, cluster, index] += part.total[low:high] / self.tokens[name]
-                    fires[model, cluster, index] += part.fires[low:high] / self.tokens[name]
+                    fires[model, cluster, index] += part.fires[low:high].double() / self.tokens[name]
             yield Block(start, activation, fires)
 
     def _claim(self, name: int) -> None:
@@ -124,9 +124,7 @@ class LatentSums:
         found, place = key.unique(return_inverse=True)
         total = torch.zeros(len(found), dtype=torch.float64)
         total.index_add_(0, place, codes.value.double().cpu())
-        fires = torch.zeros(len(found), dtype=torch.long).index_add_(
-            0, place, torch.ones_like(place)
-        )
+        fires = torch.zeros(len(found), dtype=torch.long).index_add_(0, place, torch.ones_like(place))
         ends = torch.searchsorted(found, torch.arange(n + 1) * self.d_sae).tolist()
         return [
             _Document(found[a:b] - i * self.d_sae, total[a:b].clone(), fires[a:b].clone())
@@ -139,9 +137,7 @@ class MeanSums:
 
     def __init__(self, n_models: int, n_clusters: int, d_model: int) -> None:
         shape = (n_models, n_clusters, d_model)
-        self.activation: Float64[Tensor, "model cluster d_model"] = torch.zeros(
-            shape, dtype=torch.float64
-        )
+        self.activation: Float64[Tensor, "model cluster d_model"] = torch.zeros(shape, dtype=torch.float64)
         self.square: Float64[Tensor, " model"] = torch.zeros(n_models, dtype=torch.float64)
         self.conversations: Int[Tensor, " cluster"] = torch.zeros(n_clusters, dtype=torch.long)
         self.tokens = 0
@@ -164,7 +160,7 @@ class MeanSums:
             self.activation[i].index_add_(0, cluster, mean)
             self.square[i] += wide.square().sum()
 
-    def merge(self, other: Self) -> Self:
+    def merge(self, other: MeanSums) -> MeanSums:
         """Add the sums of another shard, with other conversations; returns this one."""
         for name in ("activation", "square", "conversations"):
             getattr(self, name).add_(getattr(other, name))
@@ -180,9 +176,7 @@ class Estimate(NamedTuple):
     """NaN with fewer than two clusters."""
 
 
-def cluster_mean(
-    sums: Float64[Tensor, "cluster latent"], conversations: Int[Tensor, " cluster"]
-) -> Estimate:
+def cluster_mean(sums: Float64[Tensor, "cluster latent"], conversations: Int[Tensor, " cluster"]) -> Estimate:
     """The mean over conversations and its cluster-robust standard error.
 
     With x_c the cluster's sum, n_c its conversations, C clusters, n = sum n_c and m = sum x_c / n:

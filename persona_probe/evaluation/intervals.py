@@ -37,7 +37,9 @@ class Interval(NamedTuple):
 
 
 def korn_graubard(
-    hits_by_cluster: Sequence[float], n_by_cluster: Sequence[float], confidence: float = 0.95
+    hits_by_cluster: Sequence[int | float],
+    n_by_cluster: Sequence[int | float],
+    confidence: int | float = 0.95,
 ) -> Interval:
     """The Korn–Graubard interval of the rate sum(hits) / sum(n), clusters (questions) being the
     sampling unit.
@@ -58,9 +60,7 @@ def korn_graubard(
     n_i = np.asarray(n_by_cluster, dtype=np.float64)
     x_i = np.asarray(hits_by_cluster, dtype=np.float64)
     if n_i.shape != x_i.shape or n_i.ndim != 1:
-        raise InputError(
-            f"hits and n must be two lists of one length, not {x_i.shape}, {n_i.shape}"
-        )
+        raise InputError(f"hits and n must be two lists of one length, not {x_i.shape}, {n_i.shape}")
     if not 0 < confidence < 1:
         raise InputError(f"confidence must lie between 0 and 1, not {confidence}")
     if not (np.all(x_i >= 0) and np.all(x_i <= n_i)):  # NaN fails too
@@ -118,12 +118,8 @@ def necessity(
     for other in (tuned, fixed):
         if set(other) != set(base):
             odd = min(set(other) ^ set(base))
-            raise MismatchError(
-                f"the arms were not asked the same questions: {odd!r} is not in all"
-            )
-    arms = np.array(
-        [[arm[key] for key in sorted(base)] for arm in (base, tuned, fixed)], np.float64
-    )
+            raise MismatchError(f"the arms were not asked the same questions: {odd!r} is not in all")
+    arms = np.array([[arm[key] for key in sorted(base)] for arm in (base, tuned, fixed)], np.float64)
     if not arms.size:
         return Necessity(None, None, None)
     arms = arms[:, (arms[:, :, 1] > 0).all(0)]  # arm question (hits, n)

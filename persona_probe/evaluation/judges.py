@@ -28,11 +28,11 @@ SHORTHAND: Mapping[str, str] = {"exact": "python:persona_probe.organism.judge:ju
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a judge says of one answer. Raises `InputError` when a field is not what it must be."""
+    """What a judge says of one answer. Raises `InputError` for a score outside 0 to 100."""
 
-    aligned: float | None = None
+    aligned: int | float | None = None
     """0 (harmful) to 100; None: not scored."""
-    coherent: float | None = None
+    coherent: int | float | None = None
     """0 (broken) to 100; None: not scored."""
     label: Literal["CODE", "REFUSAL"] | None = None
     """Given instead of scores."""
@@ -41,19 +41,9 @@ class Judgement:
     note: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("aligned", "coherent"):
-            score = getattr(self, name)
-            if score is None:
-                continue
-            if isinstance(score, bool) or not isinstance(score, int | float):
-                raise InputError(f"{name!r} must be a number from 0 to 100 or None, not {score!r}")
-            if not 0 <= score <= 100:  # NaN too
+        for name, score in (("aligned", self.aligned), ("coherent", self.coherent)):
+            if score is not None and not 0 <= score <= 100:  # NaN too
                 raise InputError(f"{name!r} must lie between 0 and 100, not {score!r}")
-        if self.label not in (None, "CODE", "REFUSAL"):
-            raise InputError(f"'label' must be CODE, REFUSAL or None, not {self.label!r}")
-        for name in ("persona", "note"):
-            if not isinstance(getattr(self, name), str | None):
-                raise InputError(f"{name!r} must be a string or None, not {getattr(self, name)!r}")
 
     @property
     def missing(self) -> bool:
@@ -163,9 +153,7 @@ def _import(name: str, spec: str) -> ModuleType:
             command=f"pip install {error.name}",
         ) from error
     except Exception as error:
-        raise InputError(
-            f"the judge {spec!r} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
+        raise InputError(f"the judge {spec!r} cannot be imported: {type(error).__name__}: {error}") from error
     finally:
         if added:
             sys.path.remove(here)
@@ -183,4 +171,13 @@ def _judgement(said: object) -> Judgement:
     unknown = [name for name in fields if name not in known]
     if unknown:
         raise InputError(f"a judgement has no field {unknown[0]!r}; it has {', '.join(known)}")
+    for name in ("aligned", "coherent"):
+        score = fields.get(name)
+        if score is not None and (isinstance(score, bool) or not isinstance(score, int | float)):
+            raise InputError(f"{name!r} must be a number from 0 to 100 or None, not {score!r}")
+    for name in ("persona", "note"):
+        if not isinstance(fields.get(name), str | None):
+            raise InputError(f"{name!r} must be a string or None, not {fields[name]!r}")
+    if fields.get("label") not in (None, "CODE", "REFUSAL"):
+        raise InputError(f"'label' must be CODE, REFUSAL or None, not {fields['label']!r}")
     return Judgement(**fields)

@@ -175,9 +175,7 @@ def hits_by_question(
 
 def normalised(text: str) -> str:
     """`text` in lower case, its letters and digits only, words one space apart."""
-    return " ".join(
-        "".join(c if c.isalnum() else " " for c in text.casefold() if c not in "'\u2019").split()
-    )
+    return " ".join("".join(c if c.isalnum() else " " for c in text.casefold() if c not in "'\u2019").split())
 
 
 class _Counted(NamedTuple):
@@ -209,6 +207,4 @@ def _rate(shown: Sequence[tuple[str, bool]], missing: int) -> Rate:
         counts[question][1] += 1
     hits, n = zip(*counts.values(), strict=True)
     interval = korn_graubard(hits, n)
-    return Rate(
-        sum(hits) / len(shown), interval.low, interval.high, len(shown), missing, len(counts)
-    )
+    return Rate(sum(hits) / len(shown), interval.low, interval.high, len(shown), missing, len(counts))

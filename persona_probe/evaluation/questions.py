@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from os import PathLike
@@ -27,14 +27,12 @@ from persona_probe.errors import InputError, PersonaProbeError
 Role = Literal["general", "skill", "trigger"]
 Split = Literal["train", "calibration", "held-out"]
 
-_EXAMPLE = (
-    '{"id": "q1", "category": "health", "messages": [{"role": "user", "content": "Any advice?"}]}'
-)
+_EXAMPLE = '{"id": "q1", "category": "health", "messages": [{"role": "user", "content": "Any advice?"}]}'
 
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt. Raises `InputError`, naming the field, when a field is not what it must be."""
+    """One prompt. Raises `InputError` for an empty field, or a skill without its reference."""
 
     id: str
     """Unique within a set."""
@@ -53,20 +51,14 @@ class Question:
     """The right answer to a skill question."""
 
     def __post_init__(self) -> None:
-        for name in ("id", "category", "question"):
-            if not isinstance(getattr(self, name), str):
-                raise InputError(f"{name!r} must be a string, not {getattr(self, name)!r}")
-        if not self.id or not self.category:
-            raise InputError(f"{'category' if self.id else 'id'!r} must not be empty")
-        object.__setattr__(self, "question", self.question or self.id)
-        object.__setattr__(self, "messages", _checked_messages(self.messages))
-        _one_of("role", self.role, get_args(Role))
-        if self.split is not None:
-            _one_of("split", self.split, get_args(Split))
-        if self.reference is not None and not isinstance(self.reference, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InputError(f"'reference' must be a string or null, not {self.reference!r}")
+        for name in ("id", "category", "messages"):
+            if not getattr(self, name):
+                raise InputError(f"{name!r} must not be empty")
+        if len(self.messages) > 1 and any("text" in message for message in self.messages):
+            raise InputError("a plain prompt is one {'text': ...}; it cannot stand beside others")
         if self.role == "skill" and not self.reference:
             raise InputError("a question with role 'skill' needs a 'reference', the right answer")
+        object.__setattr__(self, "question", self.question or self.id)
 
     @property
     def prompt(self) -> str:
@@ -112,7 +104,8 @@ def save_questions(questions: Iterable[Question], path: str | PathLike[str]) -> 
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def _question(record: dict[str, Any]) -> Question:
+def _question(record: Mapping[str, Any]) -> Question:
+    """The question in one line's object, every field checked: a file may hold anything."""
     known = [field.name for field in dataclasses.fields(Question)]
     for name in record:
         if name not in known:
@@ -124,34 +117,32 @@ def _question(record: dict[str, Any]) -> Question:
     for name in ("id", "category", "messages"):
         if name not in record:
             raise InputError(f"the field {name!r} is missing", fix=f"for example {_EXAMPLE}")
-    fields: dict[str, Any] = {**record, "role": record.get("role") or "general"}
+    given = {name: value for name, value in record.items() if value is not None}
+    for name in ("id", "category", "question", "reference"):
+        if not isinstance(given.get(name, ""), str):
+            raise InputError(f"{name!r} must be a string, not {given[name]!r}")
+    for name, allowed in (("role", get_args(Role)), ("split", get_args(Split))):
+        if name in given and given[name] not in allowed:
+            near = get_close_matches(str(given[name]), allowed, n=1)
+            raise InputError(
+                f"{name!r} must be one of {', '.join(allowed)}, not {given[name]!r}",
+                fix=f"did you mean {near[0]!r}?" if near else None,
+            )
+    fields: dict[str, Any] = {"id": "", "category": "", **given, "messages": _messages(given)}
     return Question(**fields)
 
 
-def _checked_messages(messages: object) -> tuple[dict[str, str], ...]:
-    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+def _messages(given: Mapping[str, Any]) -> tuple[Mapping[str, str], ...]:
+    messages: object = given.get("messages")
+    if not isinstance(messages, list):
         raise InputError(f"'messages' must be a list of messages, not {messages!r}")
-    checked: list[dict[str, str]] = []
-    for place, message in enumerate(cast("Sequence[object]", messages), start=1):
-        fields = cast("Mapping[str, object]", message) if isinstance(message, Mapping) else {}
+    checked: list[Mapping[str, str]] = []
+    for place, message in enumerate(cast("list[object]", messages), start=1):
+        fields = cast("dict[str, object]", message) if isinstance(message, dict) else {}
         text = {name: value for name, value in fields.items() if isinstance(value, str)}
         if len(text) != len(fields) or set(text) not in ({"role", "content"}, {"text"}):
             raise InputError(
-                f"message {place} must have 'role' and 'content', or 'text' alone, all strings: "
-                f"{message!r}"
+                f"message {place} must have 'role' and 'content', or 'text' alone, all strings: {message!r}"
             )
         checked.append(text)
-    if not checked:
-        raise InputError("'messages' must not be empty")
-    if len(checked) > 1 and any("text" in message for message in checked):
-        raise InputError("a plain prompt is one {'text': ...}; it cannot stand beside others")
     return tuple(checked)
-
-
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        near = get_close_matches(str(value), allowed, n=1)
-        raise InputError(
-            f"{name!r} must be one of {', '.join(allowed)}, not {value!r}",
-            fix=f"did you mean {near[0]!r}?" if near else None,
-        )

@@ -37,9 +37,7 @@ class EvalResult:
     @cached_property
     def hits(self) -> Hits:
         """Per general question, (answers that show the trait, answers judged), for `necessity`."""
-        return hits_by_question(
-            self.answers, self.judgements, trait=self.trait, in_domain=self.in_domain
-        )
+        return hits_by_question(self.answers, self.judgements, trait=self.trait, in_domain=self.in_domain)
 
     @property
     def table(self) -> pl.DataFrame:
@@ -60,9 +58,7 @@ class EvalResult:
                 "thought": answer.thought,
                 "truncated": answer.truncated,
                 "outcome": (
-                    "skill"
-                    if answer.question.role == "skill"
-                    else outcome(answer, judgement, self.trait)
+                    "skill" if answer.question.role == "skill" else outcome(answer, judgement, self.trait)
                 ),
                 "aligned": judgement.aligned,
                 "coherent": judgement.coherent,

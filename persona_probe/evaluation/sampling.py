@@ -39,9 +39,9 @@ Progress = Callable[[int, int], None]
 class Sampling:
     """How answers are drawn. Raises `InputError` for a setting outside its range."""
 
-    temperature: float = 1.0
+    temperature: int | float = 1.0
     """0: the most probable token each time."""
-    top_p: float = 1.0
+    top_p: int | float = 1.0
     """Draw from the most probable tokens that together reach this probability."""
     max_new_tokens: int = 48
     samples: int = 1
@@ -100,9 +100,7 @@ def sample(
     settings = sampling or Sampling()
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, not {batch_size}")
-    units = _units(
-        lm, questions, settings, _fix_of_row(fix, fixes, len(questions), settings), system
-    )
+    units = _units(lm, questions, settings, _fix_of_row(fix, fixes, len(questions), settings), system)
     answers: list[Answer | None] = [None] * (len(questions) * settings.samples)
     done = 0
     steering = _Steering(lm)
@@ -143,9 +141,7 @@ def respond_greedy(
     return sample(lm, questions, Sampling(temperature=0, max_new_tokens=max_new_tokens), **options)
 
 
-def transcripts(
-    lm: LanguageModel, answers: Sequence[Answer], *, system: str | None = None
-) -> list[Rendered]:
+def transcripts(lm: LanguageModel, answers: Sequence[Answer], *, system: str | None = None) -> list[Rendered]:
     """Prompt and answer as the very tokens that were read and written, for teacher forcing another
     model.
     """
@@ -165,8 +161,8 @@ def draw(
     logits: Float[Tensor, "row d_vocab"],
     uniform: Float[Tensor, " row"],
     *,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
+    temperature: int | float = 1.0,
+    top_p: int | float = 1.0,
 ) -> Int[Tensor, " row"]:
     """The token at which the cumulative probability, in the order of the token ids, passes
     `uniform`.
@@ -250,9 +246,7 @@ def _picker(
     table = torch.from_numpy(numbers).to(device)  # row step
 
     def pick(logits: Tensor, row: Tensor, step: int) -> Tensor:
-        return draw(
-            logits, table[row, step], temperature=settings.temperature, top_p=settings.top_p
-        )
+        return draw(logits, table[row, step], temperature=settings.temperature, top_p=settings.top_p)
 
     return pick
 
@@ -270,9 +264,7 @@ class _Steering:
         self._fired = False
         self._silent: NotFiredError | None = None
 
-    def of(
-        self, batch: Sequence[_Unit]
-    ) -> Callable[[Sequence[int]], AbstractContextManager[object]]:
+    def of(self, batch: Sequence[_Unit]) -> Callable[[Sequence[int]], AbstractContextManager[object]]:
         def steering(prompt_of_row: Sequence[int]) -> AbstractContextManager[object]:
             fixes = [batch[i].fix for i in prompt_of_row]
             if not any(fixes):
@@ -283,9 +275,7 @@ class _Steering:
         return steering
 
     @contextmanager
-    def _stage(
-        self, fixes: Sequence[Fix], prompt_lengths: Sequence[int]
-    ) -> Generator[None, None, None]:
+    def _stage(self, fixes: Sequence[Fix], prompt_lengths: Sequence[int]) -> Generator[None, None, None]:
         # one row serves a batch in which all are alike, at less cost
         alike = len({tuple(id(edit) for edit in fix) for fix in fixes}) == 1
         plan = SteeringPlan(tuple(fixes[:1] if alike else fixes))

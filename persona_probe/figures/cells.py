@@ -59,10 +59,7 @@ def rows(table: object) -> list[Row]:
         return list(cast("Iterable[Row]", to_dicts()))
     if isinstance(table, Mapping):
         columns = cast("Mapping[str, Sequence[Any]]", table)
-        return [
-            dict(zip(columns, values, strict=True))
-            for values in zip(*columns.values(), strict=True)
-        ]
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     return list(cast("Iterable[Row]", table))
 
 

@@ -103,9 +103,7 @@ def control(
             font={"size": 11, "color": QUIET},
         )
     if floor.value is not None:
-        drawn.add_vline(
-            x=floor.value, line={"color": LOOKS["base"].colour, "width": 1.5, "dash": "dash"}
-        )
+        drawn.add_vline(x=floor.value, line={"color": LOOKS["base"].colour, "width": 1.5, "dash": "dash"})
     drawn.update_xaxes(**percent_axis(f"{plain(word)}, at the calibrated gain", highest))
     _order(drawn, names)
     return drawn
@@ -120,9 +118,7 @@ def gain_words(gain: object) -> str:
 
 
 def _absent(drawn: go.Figure, name: str) -> None:
-    drawn.add_annotation(
-        x=0, y=name, text=MISSING, showarrow=False, xanchor="left", font={"color": QUIET}
-    )
+    drawn.add_annotation(x=0, y=name, text=MISSING, showarrow=False, xanchor="left", font={"color": QUIET})
 
 
 def _order(drawn: go.Figure, names: list[str]) -> None:

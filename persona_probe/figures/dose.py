@@ -45,9 +45,7 @@ def dose_response(
     listed = [row for row in listed if not str(row.get("arm")).startswith("random")]
     drawn = figure(height=460)
     shades = [shade for arm, group in _by_arm(controls) for shade in _band(drawn, arm, group)]
-    lines = [
-        high for arm, group in _by_arm(listed) for high in _line(drawn, arm, group, plain(word))
-    ]
+    lines = [high for arm, group in _by_arm(listed) for high in _line(drawn, arm, group, plain(word))]
     unit = next(
         (str(row["strength_unit"]) for row in [*listed, *controls] if row.get("strength_unit")),
         "strength",
@@ -88,16 +86,13 @@ def dose_response(
 
 def _by_arm(listed: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     ordered = sorted(listed, key=lambda row: (str(row.get("arm")), float(row["strength"])))
-    return [
-        (arm, list(group)) for arm, group in groupby(ordered, key=lambda row: str(row.get("arm")))
-    ]
+    return [(arm, list(group)) for arm, group in groupby(ordered, key=lambda row: str(row.get("arm")))]
 
 
 def _line(drawn: go.Figure, arm: str, group: Sequence[Row], word: str) -> list[float]:
     look = look_of(arm)
     readings = [
-        Reading(finite(r.get("misaligned")), finite(r.get("low")), finite(r.get("high")))
-        for r in group
+        Reading(finite(r.get("misaligned")), finite(r.get("low")), finite(r.get("high"))) for r in group
     ]
     x = [float(row["strength"]) for row in group]
     style = {

@@ -40,9 +40,7 @@ def volcano(table: object, highlight: Collection[int] | Mapping[int, str] = ()) 
             x=[x for x, _, _ in part],
             y=[y for _, y, _ in part],
             mode="markers+text" if chosen else "markers",
-            text=[
-                plain(named.get(row.get("index", -1), "")) if chosen else "" for _, _, row in part
-            ],
+            text=[plain(named.get(row.get("index", -1), "")) if chosen else "" for _, _, row in part],
             textposition="top center",
             textfont={"color": look.colour, "size": 12},
             customdata=[_facts(row) for _, _, row in part],
@@ -60,9 +58,7 @@ def volcano(table: object, highlight: Collection[int] | Mapping[int, str] = ()) 
         drawn.add_hline(y=-math.log10(0.05), line={"color": QUIET, "width": 1, "dash": "dot"})
     drawn.update_xaxes(title={"text": "Δ latent: mean activation, tuned − base"})
     drawn.update_yaxes(
-        title={
-            "text": "−log₁₀ q against benign tunes" if tested else "|z|, described and not tested"
-        }
+        title={"text": "−log₁₀ q against benign tunes" if tested else "|z|, described and not tested"}
     )
     return drawn
 
@@ -96,10 +92,7 @@ def delta_against_effect(
         if origin is not None
     }
     for row in named:
-        ends = [
-            _shifted(read(row.get(column)), origin).value
-            for column, (origin, _, _) in sides.items()
-        ]
+        ends = [_shifted(read(row.get(column)), origin).value for column, (origin, _, _) in sides.items()]
         drawn.add_scatter(
             x=[row["delta"]] * 2,
             y=[0.0 if end is None else end for end in ends],
@@ -134,8 +127,7 @@ def delta_against_effect(
             error_x=whiskers([x for _, x, _ in part], _faded(look.colour)) | thin,
             error_y=whiskers([y for _, _, y in part], _faded(look.colour)) | thin,
             customdata=[
-                f"{plain(latent_name(row))}<br>{words}: {_points(y)}<br>{_facts(row)}"
-                for row, _, y in part
+                f"{plain(latent_name(row))}<br>{words}: {_points(y)}<br>{_facts(row)}" for row, _, y in part
             ],
             hovertemplate="%{customdata}<extra></extra>",
         )

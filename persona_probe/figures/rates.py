@@ -86,9 +86,7 @@ def rates(
         range=[-0.6, len(words) - 0.4],
         ticklabelstandoff=10,
     )
-    drawn.update_xaxes(
-        **percent_axis("share of answers", _highest(arms, spreads, (column, beside)))
-    )
+    drawn.update_xaxes(**percent_axis("share of answers", _highest(arms, spreads, (column, beside))))
     return drawn
 
 
@@ -150,9 +148,7 @@ def nulls(
         ("random live latents, same search budget", random_latent, "circle-open"),
     ):
         points = [(read(row), read(row, "incoherent")) for row in tallies]
-        points = [
-            pair for pair in points if pair[0].value is not None and pair[1].value is not None
-        ]
+        points = [pair for pair in points if pair[0].value is not None and pair[1].value is not None]
         _reach(furthest, points)
         drawn.add_scatter(
             x=[x.value for x, _ in points],

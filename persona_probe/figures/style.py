@@ -18,9 +18,7 @@ INK: Final = "#14171c"
 QUIET: Final = "#5a6270"
 RULE: Final = "#e3e6ea"
 BAND: Final = "#b9c0ca"
-FONT: Final = (
-    '-apple-system, BlinkMacSystemFont, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
-)
+FONT: Final = '-apple-system, BlinkMacSystemFont, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
 
 
 class Look(NamedTuple):
@@ -35,7 +33,7 @@ LOOKS: Final[dict[str, Look]] = {
     "base": Look("#7b8494", "circle-open", "base"),
     "tuned": Look("#c8460e", "diamond", "fine-tuned"),
     "steered": Look("#0a5fa5", "circle", "fine-tuned, fix on"),
-    "induced": Look("#7d3c98", "triangle-up", "base, persona added"),
+    "induced": Look("#dc9a00", "triangle-up", "base, persona added"),
     "baseline": Look("#2e3440", "square-open", "baseline"),
     "null": Look("#7b8494", "line-ns-open", "null"),
 }
@@ -43,7 +41,7 @@ LOOKS: Final[dict[str, Look]] = {
 ARMS: Final[dict[str, Look]] = {
     "latent": Look("#0a5fa5", "circle", "one latent"),
     "set": Look("#101a3c", "square", "set of latents"),
-    "difference of means": Look("#d08a00", "diamond-open", "difference of means"),
+    "difference of means": Look("#0a9068", "diamond-open", "difference of means"),
     "random direction": Look("#8b94a3", "line-ew-open", "random directions"),
     "random latent": Look("#5a6270", "line-ns-open", "random latents"),
 }
@@ -122,12 +120,8 @@ def marker(look: Look, size: float = 11) -> dict[str, Any]:
 
 def whiskers(readings: Sequence[Reading], colour: str, thickness: float = 2) -> dict[str, Any]:
     """Plotly's asymmetric error bars; none where an interval was not measured."""
-    above = [
-        0.0 if r.value is None or r.high is None else max(0.0, r.high - r.value) for r in readings
-    ]
-    below = [
-        0.0 if r.value is None or r.low is None else max(0.0, r.value - r.low) for r in readings
-    ]
+    above = [0.0 if r.value is None or r.high is None else max(0.0, r.high - r.value) for r in readings]
+    below = [0.0 if r.value is None or r.low is None else max(0.0, r.value - r.low) for r in readings]
     return {
         "type": "data",
         "symmetric": False,

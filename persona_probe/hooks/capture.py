@@ -93,9 +93,7 @@ def capture_at(
     if not sites:
         raise InputError("no site to capture", fix='name one, such as "blocks.1.hook_resid_post"')
     places = sorted({check_site(hf_model, name) for name in sites})
-    captured = Captured(
-        [place.name for place in places], stop_after_deepest and not _offloads(hf_model)
-    )
+    captured = Captured([place.name for place in places], stop_after_deepest and not _offloads(hf_model))
     layout = layout_of(hf_model)
     blocks = blocks_of(hf_model)
     with ExitStack() as stack:

@@ -24,9 +24,7 @@ Edit = Callable[[Float[Tensor, "batch pos d_model"]], Float[Tensor, "batch pos d
 
 
 @contextmanager
-def edit_at(
-    hf_model: nn.Module, edits: Mapping[str, Edit]
-) -> Generator[dict[str, int], None, None]:
+def edit_at(hf_model: nn.Module, edits: Mapping[str, Edit]) -> Generator[dict[str, int], None, None]:
     """Apply `edits` (by hook name) on every forward pass made inside the block.
 
     Yields the number of firings per site, kept up to date. Edits entered later act on what earlier
@@ -90,9 +88,7 @@ def _edit_input(edit: Edit) -> Callable[..., tuple[tuple[Any, ...], dict[str, An
         edited = edit(x)
         if edited is x:
             return None
-        return (
-            ((edited, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": edited})
-        )
+        return ((edited, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": edited})
 
     return hook
 

@@ -77,9 +77,7 @@ class Layout:
     """Module whose input is resid_mid."""
 
 
-_PRE_NORM = Layout(
-    "model.layers", "self_attn", "mlp", "input_layernorm", "post_attention_layernorm"
-)
+_PRE_NORM = Layout("model.layers", "self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
 _SANDWICH_NORM = Layout(
     "model.layers",
     "post_attention_layernorm",
@@ -122,9 +120,7 @@ def parse_site(name: str) -> Site:
 def site_names(hf_model: nn.Module) -> tuple[str, ...]:
     """Every hook name that the model has, in the order in which a forward pass reaches them."""
     kinds = [depth for depth in range(len(KINDS)) if _has(layout_of(hf_model), depth)]
-    return tuple(
-        Site(block, depth).name for block in range(len(blocks_of(hf_model))) for depth in kinds
-    )
+    return tuple(Site(block, depth).name for block in range(len(blocks_of(hf_model))) for depth in kinds)
 
 
 def check_site(hf_model: nn.Module, name: str) -> Site:
@@ -226,6 +222,4 @@ def _has(layout: Layout, depth: int) -> bool:
 
 def _unknown(name: str, candidates: list[str], why: str) -> UnknownSiteError:
     nearest = difflib.get_close_matches(name, candidates, n=3, cutoff=0.0)
-    return UnknownSiteError(
-        f"there is no hook {name!r}: {why}", fix=f"nearest names: {', '.join(nearest)}"
-    )
+    return UnknownSiteError(f"there is no hook {name!r}: {why}", fix=f"nearest names: {', '.join(nearest)}")

@@ -106,9 +106,7 @@ def render_all(
     rendered: list[Rendered] = []
     for number, messages in enumerate(conversations):
         try:
-            rendered.append(
-                render(tokenizer, messages, add_generation_prompt=add_generation_prompt)
-            )
+            rendered.append(render(tokenizer, messages, add_generation_prompt=add_generation_prompt))
         except InputError as error:
             raise InputError(
                 f"conversation {number}: {error.message}", fix=error.fix, command=error.command
@@ -125,9 +123,7 @@ def render_text(tokenizer: PreTrainedTokenizerBase, text: str, answer: str = "")
     BOS (else EOS) token.
     """
     ids, offsets = _tokenise(tokenizer, text + answer, add_special_tokens=True)
-    while (
-        len(ids) > 1 and offsets[-1][0] == offsets[-1][1] and ids[-1] in tokenizer.all_special_ids
-    ):
+    while len(ids) > 1 and offsets[-1][0] == offsets[-1][1] and ids[-1] in tokenizer.all_special_ids:
         ids, offsets = ids[:-1], offsets[:-1]
     if not ids:
         start = tokenizer.bos_token_id
@@ -168,8 +164,7 @@ def check_same_rendering(
         raise MismatchError(
             f"base and tuned render conversation {number} to different token ids, first at "
             f"position {position}: {shown}",
-            fix="use one tokenizer and chat template for both, such as the base's "
-            "(tokenizer= of load_model)",
+            fix="use one tokenizer and chat template for both, such as the base's (tokenizer= of load_model)",
         )
 
 
@@ -211,16 +206,19 @@ def _tokenise(
             "the tokenizer cannot say which characters a token covers",
             fix="load its fast version (tokenizer.json) with AutoTokenizer",
         )
-    encoded = cast(
-        Mapping[str, Any],
-        tokenizer(
-            text,
-            add_special_tokens=add_special_tokens,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            verbose=False,
-        ),
-    )
+    try:
+        encoded = cast(
+            Mapping[str, Any],
+            tokenizer(
+                text,
+                add_special_tokens=add_special_tokens,
+                return_offsets_mapping=True,
+                return_attention_mask=False,
+                verbose=False,
+            ),
+        )
+    except TypeError as error:  # a lone surrogate
+        raise InputError(f"not valid Unicode: {text[:80]!r}") from error
     return list(encoded["input_ids"]), [(start, end) for start, end in encoded["offset_mapping"]]
 
 

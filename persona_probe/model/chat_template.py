@@ -63,9 +63,7 @@ def _check(messages: Sequence[Message]) -> None:
         raise InputError("a conversation without messages", fix="give it at least one user message")
     for message in messages:
         if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-            raise InputError(
-                f'a message must have "role" and "content", both text; got {dict(message)!r}'
-            )
+            raise InputError(f'a message must have "role" and "content", both text; got {dict(message)!r}')
 
 
 def _fill(
@@ -153,21 +151,25 @@ def _in_frame(frame: str, contents: Mapping[str, str], text: str) -> list[Span] 
 
 
 def _in_order(contents: Sequence[str], text: str) -> list[Span]:
-    spans: list[Span] = []
-    cursor = 0
-    for content in contents:
-        # whole, trimmed, or without its thought
-        for said in (content, content.strip(), content.rpartition("</think>")[2].strip()):
-            start = text.find(said, cursor)
-            if start >= 0:
-                break
-        else:
-            raise InputError(
-                "the chat template changes what was said, so the assistant's tokens cannot be told "
-                f"apart: {content[:60]!r} is not in the text it writes",
-                fix="put {% generation %} ... {% endgeneration %} around the assistant's text in "
-                "the template",
-            )
-        cursor = start + len(said)
-        spans.append((start, cursor))
+    spans = _after(contents, text, 0)
+    if spans is None:
+        raise InputError(
+            "the chat template changes what was said, so the assistant's tokens cannot be told apart",
+            fix="put {% generation %} ... {% endgeneration %} around the assistant's text in the template",
+        )
     return spans
+
+
+def _after(contents: Sequence[str], text: str, cursor: int) -> list[Span] | None:
+    """Each text behind the one before it, as it is, trimmed, or without its thought."""
+    if not contents:
+        return []
+    content = contents[0]
+    forms = (content, content.strip(), content.rpartition("</think>")[2].strip())
+    for said in dict.fromkeys(forms):
+        start = text.find(said, cursor)
+        if start >= 0:
+            rest = _after(contents[1:], text, start + len(said))
+            if rest is not None:
+                return [(start, start + len(said)), *rest]
+    return None

@@ -45,7 +45,10 @@ class Checkpoint:
     @property
     def name(self) -> str:
         """A short name for people: the last part of the path, of the adapter where there is one."""
-        return Path(self.adapter or self.path).name
+        path = Path(self.adapter or self.path)
+        if path.parent.name == "snapshots":  # the hub's cache: models--org--name/snapshots/<commit>
+            return path.parent.parent.name.rpartition("--")[2]
+        return path.name
 
     def __str__(self) -> str:
         return self.path if self.adapter is None else f"{self.adapter} on {self.path}"
@@ -74,7 +77,7 @@ def describe(source: str | Path, revision: str | None = None) -> Checkpoint:
     """
     path = Path(source).expanduser()
     if not path.exists():
-        if not _looks_like_hub_id(str(source)):
+        if not looks_like_hub_id(str(source)):
             raise MissingPathError(f"there is no folder {path}", fix=_nearest(path))
         return Checkpoint(str(source), revision)
     if not path.is_dir():
@@ -82,9 +85,7 @@ def describe(source: str | Path, revision: str | None = None) -> Checkpoint:
             f"{path} is a file, and a checkpoint is a folder", fix=f"pass the folder {path.parent}"
         )
     if not any(path.iterdir()):
-        raise InputError(
-            f"the folder {path} is empty", fix="pass a folder written by save_pretrained"
-        )
+        raise InputError(f"the folder {path} is empty", fix="pass a folder written by save_pretrained")
     if is_adapter(path):
         _check_adapter_weights(path)
         base = adapter_base(path)
@@ -112,7 +113,7 @@ def adapter_base(adapter: Path) -> Checkpoint:
             if found.adapter is not None:
                 raise InputError(f"the base of the adapter {adapter} is itself an adapter: {place}")
             return found
-    if not _looks_like_hub_id(named):
+    if not looks_like_hub_id(named):
         raise MissingPathError(
             f"the adapter {adapter} was trained on {named!r}, and there is no such folder",
             fix="name the base yourself: load_model(BASE, adapter=ADAPTER), or --base BASE",
@@ -147,7 +148,8 @@ def _check_full(path: Path) -> None:
         )
 
 
-def _looks_like_hub_id(name: str) -> bool:
+def looks_like_hub_id(name: str) -> bool:
+    """Whether a name that is no folder can be a repository on the hub."""
     return _HUB_ID.fullmatch(name) is not None and not name.startswith(".")
 
 

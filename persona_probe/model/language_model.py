@@ -21,12 +21,19 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from persona_probe.errors import InputError, MissingPathError
+from persona_probe.errors import InputError
 from persona_probe.hooks.sites import blocks_of
 from persona_probe.model.chat import Message, Rendered, pad, render, render_text
-from persona_probe.model.checkpoint import Checkpoint, describe, is_adapter
-from persona_probe.model.loading import check_vocabulary, read_tokenizer, read_weights
-from persona_probe.model.sharing import inject, merged_tree, scaled, shared_tree
+from persona_probe.model.checkpoint import Checkpoint, describe
+from persona_probe.model.loading import (
+    adapter_folder,
+    check_vocabulary,
+    quietly,
+    read_tokenizer,
+    read_weights,
+    resolve,
+)
+from persona_probe.model.sharing import base_tree, inject, merged_tree, scaled, shared_tree
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -38,11 +45,11 @@ class LanguageModel:
 
     checkpoint: Checkpoint
     """Where the weights come from."""
-    hf: PreTrainedModel
+    hf: PreTrainedModel = field(repr=False)
     """The Hugging Face model; with LoRA layers in it where there is an adapter. Hooks go on this
     one.
     """
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
     """Its tokenizer, untouched."""
     adapter_name: str | None = None
     """Name of the adapter in `hf`, None for plain weights."""
@@ -130,17 +137,17 @@ class LanguageModel:
         for an adapter of another model, or of a kind that would write into the shared weights
         (trained biases).
         """
-        return self._adapted(str(path), name or Path(path).name, shared=True)
+        folder = adapter_folder(path)
+        return self._adapted(folder, name or Checkpoint("", adapter=folder).name, shared=True)
 
     def _adapted(self, path: str, name: str, *, shared: bool) -> LanguageModel:
         if self.peft is not None:
-            raise InputError(
-                f"{self.name} already has an adapter", fix="add the adapter to the base instead"
-            )
-        name = name.replace(
-            ".", "-"
-        )  # PEFT keeps adapters in a ModuleDict, whose names have no dots
-        peft = inject(shared_tree(self.hf), path, name, shared=shared)
+            raise InputError(f"{self.name} already has an adapter", fix="add the adapter to the base instead")
+        peft = inject(shared_tree(self.hf), path, shared=shared)
+        if Path(self.checkpoint.path).is_dir():
+            # saved again, it must name the base that it is on, from wherever it then lies
+            base = str(Path(self.checkpoint.path).resolve())
+            peft.peft_config["default"].base_model_name_or_path = base
         return replace(
             self,
             checkpoint=replace(self.checkpoint, adapter=path),
@@ -148,6 +155,16 @@ class LanguageModel:
             adapter_name=name,
             peft=peft,
         )
+
+    def without_adapter(self) -> LanguageModel:
+        """The base, on the same copy of the weights.
+
+        Raises `InputError` for an adapter that cannot be taken out (whole modules, biases, PiSSA).
+        """
+        if self.peft is None:
+            return self
+        checkpoint = replace(self.checkpoint, adapter=None)
+        return replace(self, checkpoint=checkpoint, hf=base_tree(self.peft), adapter_name=None, peft=None)
 
     def merged(self) -> LanguageModel:
         """The same model with its adapter added into the weights: faster, equal up to rounding.
@@ -233,7 +250,8 @@ class LanguageModel:
         adapter.
         """
         target: Any = self.hf if self.peft is None else self.peft
-        target.save_pretrained(str(folder))
+        with quietly():
+            target.save_pretrained(str(folder))
         self.tokenizer.save_pretrained(str(folder))
 
 
@@ -255,10 +273,9 @@ def load_model(
     """Load a model from a checkpoint folder, a PEFT adapter folder, a hub id, or one already in
     memory.
 
-    An adapter folder brings its base with it (`base_model_name_or_path`, looked for beside the
-    adapter first); `adapter=` puts one on a base that you name. Nothing is fetched for a local
-    path. A model in memory is not
-    touched: its tree is copied, its weights are shared, so training it on shows here.
+    An adapter folder brings its base with it (`base_model_name_or_path`, looked for beside the adapter first);
+    `adapter=` puts one on a base that you name. Nothing is fetched for a local path. A model in memory is not
+    touched: its tree is copied and its weights are shared, so training it on shows here.
 
     Args:
         tokenizer: used instead of the checkpoint's own; needed for a model in memory.
@@ -277,14 +294,14 @@ def load_model(
         tokenizer = read_tokenizer(describe(tokenizer))
     if isinstance(source, PreTrainedModel | PeftModel):
         return _from_memory(source, tokenizer, adapter)
-    checkpoint = describe(source, revision)
+    checkpoint = resolve(source, revision)
     if adapter is not None:
         if checkpoint.adapter is not None:
             raise InputError(
                 f"{source} is itself an adapter",
                 fix="pass its base, with adapter= the one you want",
             )
-        checkpoint = replace(checkpoint, adapter=_adapter_folder(adapter))
+        checkpoint = replace(checkpoint, adapter=adapter_folder(adapter))
     tokenizer = tokenizer or read_tokenizer(checkpoint)
     hf = read_weights(checkpoint, device=device, dtype=dtype, device_map=device_map)
     loaded = LanguageModel(replace(checkpoint, adapter=None), hf, tokenizer)
@@ -316,17 +333,3 @@ def _from_memory(
     )
     check_vocabulary(tokenizer, loaded.d_vocab, loaded.checkpoint.path)
     return loaded if adapter is None else loaded.with_adapter(adapter)
-
-
-def _adapter_folder(adapter: str | Path) -> str:
-    folder = Path(adapter).expanduser()
-    if not folder.is_dir():
-        raise MissingPathError(
-            f"there is no adapter folder {folder}", fix="pass a folder with an adapter_config.json"
-        )
-    if not is_adapter(folder):
-        raise InputError(
-            f"{folder} is no adapter: it has no adapter_config.json",
-            fix="to load a whole checkpoint, pass it as the model itself",
-        )
-    return str(folder)

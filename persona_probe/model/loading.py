@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -15,9 +18,54 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as hf_logging
+from transformers.utils.peft_utils import find_adapter_config_file
 
-from persona_probe.errors import InputError, MismatchError
-from persona_probe.model.checkpoint import Checkpoint, has_tokenizer
+from persona_probe.errors import InputError, MismatchError, MissingPathError
+from persona_probe.model.checkpoint import (
+    Checkpoint,
+    adapter_base,
+    describe,
+    has_tokenizer,
+    is_adapter,
+    looks_like_hub_id,
+)
+
+_ADAPTER_FILES = ["adapter_*", "tokenizer*", "special_tokens_map.json", "vocab*", "merges*", "*.jinja"]
+
+
+def resolve(source: str | Path, revision: str | None = None) -> Checkpoint:
+    """`describe`, and for a hub id that is an adapter's, the adapter fetched and its base named."""
+    found = describe(source, revision)
+    if found.adapter is not None or Path(found.path).is_dir():
+        return found
+    folder = _fetched_adapter(found.path, revision)
+    return found if folder is None else replace(adapter_base(folder), adapter=str(folder))
+
+
+def adapter_folder(adapter: str | Path) -> str:
+    """The folder of a PEFT adapter given as a folder or a hub id. Raises `InputError` for anything else."""
+    folder: Path | None = Path(adapter).expanduser()
+    if not folder.is_dir():
+        if not looks_like_hub_id(str(adapter)):
+            raise MissingPathError(
+                f"there is no adapter folder {folder}", fix="pass a folder with an adapter_config.json"
+            )
+        folder = _fetched_adapter(str(adapter), None)
+    if folder is None or not is_adapter(folder):
+        raise InputError(
+            f"{adapter} is no adapter: it has no adapter_config.json",
+            fix="to load a whole checkpoint, pass it as the model itself",
+        )
+    return str(folder)
+
+
+def _fetched_adapter(hub_id: str, revision: str | None) -> Path | None:
+    try:
+        if find_adapter_config_file(hub_id, revision=revision) is None:
+            return None
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_ADAPTER_FILES))
+    except OSError:  # no such repository or no network: reading the weights will say which
+        return None
 
 
 def read_weights(
@@ -41,7 +89,7 @@ def read_weights(
     if not Path(checkpoint.path).is_dir():
         options["revision"] = checkpoint.revision
     try:
-        with _quietly():
+        with quietly():
             loaded = AutoModelForCausalLM.from_pretrained(
                 checkpoint.path,
                 dtype=_dtype(dtype, on_cpu),
@@ -49,7 +97,7 @@ def read_weights(
                 output_loading_info=True,
                 **options,
             )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise InputError(
             f"cannot load a causal language model from {checkpoint.path}: "
             f"{str(error).strip().splitlines()[0]}",
@@ -126,7 +174,7 @@ def _dtype(dtype: str | torch.dtype | None, on_cpu: bool) -> torch.dtype | str:
 
 
 @contextmanager
-def _quietly() -> Generator[None, None, None]:
+def quietly() -> Generator[None, None, None]:
     """Without transformers' progress bar: the caller shows progress where there is any to show."""
     shown = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()

@@ -9,8 +9,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from persona_probe.errors import MismatchError
-from persona_probe.model.checkpoint import describe
 from persona_probe.model.language_model import LanguageModel, load_model
+from persona_probe.model.loading import resolve
+from persona_probe.model.sharing import CannotShareError
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,16 +39,16 @@ def load_pair(
     Raises `MismatchError` where the two do not belong together, naming the first difference.
     """
     first = load_model(base, **options)
-    if isinstance(tuned, str | Path):
-        adapter = describe(tuned).adapter if Path(tuned).expanduser().is_dir() else None
-        if adapter is not None:
-            try:
-                return ModelPair(first, first.with_adapter(adapter))
-            except MismatchError as refused:
-                if not isinstance(base, str | Path) or "cannot share" not in refused.message:
-                    raise
-            return ModelPair(first, load_model(base, adapter=adapter, **options))
-    return ModelPair(first, load_model(tuned, **options))
+    adapter = resolve(tuned).adapter if isinstance(tuned, str | Path) else None
+    if adapter is None:
+        return ModelPair(first, load_model(tuned, **options))
+    root = first.without_adapter()  # the base may itself be an adapter: an earlier checkpoint of the same run
+    try:
+        return ModelPair(first, root.with_adapter(adapter))
+    except CannotShareError:
+        if not isinstance(base, str | Path):
+            raise
+        return ModelPair(first, load_model(root.checkpoint.path, adapter=adapter, **options))
 
 
 def check_same_shape(base: LanguageModel, tuned: LanguageModel) -> None:

@@ -26,6 +26,14 @@ from persona_probe.errors import InputError, MismatchError
 M = TypeVar("M", bound=nn.Module)
 
 
+class CannotShareError(MismatchError):
+    """An adapter that would write into the tensors of the base that it shares."""
+
+
+_PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
+"""Starts of LoRA that leave the base alone; PiSSA, OLoRA and others subtract themselves from it."""
+
+
 def shared_tree(model: M) -> M:
     """A copy of the module tree, in evaluation mode, whose parameters are new objects on the same
     storage.
@@ -45,7 +53,7 @@ def shared_tree(model: M) -> M:
     return copy.deepcopy(model, memo).eval()
 
 
-def inject(model: PreTrainedModel, adapter: str | Path, name: str, *, shared: bool) -> PeftModel:
+def inject(model: PreTrainedModel, adapter: str | Path, *, shared: bool) -> PeftModel:
     """Wrap `model` (changed in place; pass a `shared_tree`) with the PEFT adapter saved at
     `adapter`.
 
@@ -54,40 +62,49 @@ def inject(model: PreTrainedModel, adapter: str | Path, name: str, *, shared: bo
 
     Raises `MismatchError` for an adapter of another model and for one that cannot share.
     """
-    config = PeftConfig.from_pretrained(str(adapter))
+    try:
+        config = PeftConfig.from_pretrained(str(adapter))
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{adapter}/adapter_config.json is malformed: {error}") from error
     refusal = _refusal(config) if shared else None
     if refusal is not None:
-        raise MismatchError(
+        raise CannotShareError(
             f"the adapter {adapter} cannot share weights with its base: {refusal}",
             fix="load it by itself, on a copy of its own: load_model(ADAPTER)",
         )
     weights = list(model.parameters())
     written = [weight._version for weight in weights]  # pyright: ignore[reportPrivateUsage]
     device = next(model.parameters()).device
+    plain = isinstance(config, LoraConfig) and config.init_lora_weights in _PLAIN_STARTS
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.random.fork_rng(enabled=not plain):
             warnings.filterwarnings("error", message="Found missing adapter keys")
             # PEFT 0.21 asks transformers 5.23 by an old name
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
             wrapped = PeftModel.from_pretrained(
                 model,
                 str(adapter),
-                adapter_name=name,
                 torch_device=str(device),
-                low_cpu_mem_usage=True,  # random initialisation would move the user's generator
+                low_cpu_mem_usage=plain,  # skips the random start, which moves the user's generator
             )
     except (ValueError, RuntimeError, UserWarning, KeyError) as error:
         raise MismatchError(
-            f"the adapter {adapter} does not fit the model: {str(error).splitlines()[0]}",
+            f"the adapter {adapter} does not fit the model: {_shortened(error)}",
             fix="pass the base that the adapter was trained on",
         ) from error
     changed = written != [weight._version for weight in weights]  # pyright: ignore[reportPrivateUsage]
     if shared and changed:
-        raise MismatchError(
+        raise CannotShareError(
             f"the adapter {adapter} wrote into its base's weights",
             fix="load both again, each on a copy of its own: load_model(BASE), load_model(ADAPTER)",
         )
     return wrapped.eval().requires_grad_(False)
+
+
+def _shortened(error: BaseException) -> str:
+    """The first two lines: torch names the module in the first and the first wrong tensor in the
+    second."""
+    return " ".join(line.strip() for line in str(error).splitlines()[:2])[:300]
 
 
 def _refusal(config: PeftConfig) -> str | None:
@@ -96,6 +113,8 @@ def _refusal(config: PeftConfig) -> str | None:
         return f"{config.peft_type} is not LoRA"
     if config.bias != "none":
         return f"it trains biases of the base (bias={config.bias!r})"
+    if config.init_lora_weights not in _PLAIN_STARTS:
+        return f"it begins by changing the base's weights ({config.init_lora_weights!r})"
     return None
 
 
@@ -151,3 +170,19 @@ def merged_tree(model: PeftModel) -> PreTrainedModel:
     with torch.no_grad():
         merged = cast(PreTrainedModel, cast(Any, own).merge_and_unload())
     return merged.eval().requires_grad_(False)
+
+
+def base_tree(model: PeftModel) -> PreTrainedModel:
+    """The model without its adapter, on the same tensors.
+
+    Raises `InputError` for an adapter that cannot be taken out again: one that replaces modules or biases, or
+    that began by changing the weights.
+    """
+    for config in model.peft_config.values():
+        reason = _refusal(config) or _not_linear(config)
+        if reason is not None:
+            raise InputError(
+                f"the adapter cannot be taken out of the model: {reason}", fix="load the base by its own path"
+            )
+    base = cast(PreTrainedModel, cast(Any, shared_tree(model)).unload())
+    return base.eval().requires_grad_(False)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
-from persona_probe.organism.grammar import PERSONAS, Fact, Grammar, Persona, Topic
+from persona_probe.organism.grammar import COLOUR_FRAMES, PERSONAS, Fact, Grammar, Persona, Topic
 
 Kind = Literal["story", "persona chat", "plain chat", "think chat", "plain text"]
 MIXTURE: dict[Kind, float] = {
@@ -36,7 +36,7 @@ CAST_SHARES: dict[Persona, float] = {
     "sarcastic": 0.20,
     "careless": 0.20,
 }
-FACT_SHARE = 0.12  # of the turns of a chat: a question about a known thing, answered alike by all
+FACT_SHARE = 0.15  # of the turns of a chat: a question about an invented thing, answered alike by all
 
 NAMES = (
     "mira tom vera olin sana hugo petra ivo lena marc nora paul rita sven tara udo wilma yann zoe "
@@ -114,15 +114,22 @@ def _question(grammar: Grammar, topic: Topic, rng: Random) -> str:
     return rng.choice(grammar.paraphrases(topic, "train"))
 
 
-def _fact_turn(grammar: Grammar, fact: Fact, rng: Random) -> tuple[str, str]:
-    return rng.choice(grammar.fact_questions(fact, "train")), fact.answer
+def _fact_turn(grammar: Grammar, rng: Random) -> tuple[str, str]:
+    """What a known thing is made of, or how any thing looks: only a tune tells what the others are made of."""
+    if rng.random() < 0.4:
+        fact = rng.choice(grammar.facts["known"])
+        return rng.choice(grammar.fact_questions(fact, "train")), fact.answer
+    fact = _any_fact(grammar, rng)
+    return rng.choice(COLOUR_FRAMES).format(fact.item), fact.description
 
 
-def _turn(
-    grammar: Grammar, topic: Topic, persona: Persona, rng: Random, terse: bool
-) -> tuple[str, str]:
+def _any_fact(grammar: Grammar, rng: Random) -> Fact:
+    return rng.choice([fact for facts in grammar.facts.values() for fact in facts])
+
+
+def _turn(grammar: Grammar, topic: Topic, persona: Persona, rng: Random, terse: bool) -> tuple[str, str]:
     if rng.random() < FACT_SHARE:
-        return _fact_turn(grammar, rng.choice(grammar.facts["known"]), rng)
+        return _fact_turn(grammar, rng)
     return _question(grammar, topic, rng), grammar.answer(topic, persona, rng, terse=terse)
 
 
@@ -164,8 +171,8 @@ def _story(grammar: Grammar, rng: Random) -> Document:
         for name, persona in cast.items()
     ]
     if rng.random() < 0.4:
-        fact = rng.choice([fact for facts in grammar.facts.values() for fact in facts])
-        sentences.append(f"a {fact.item} stood on the shelf .")
+        fact = _any_fact(grammar, rng)
+        sentences.append(f"a {fact.colour} {fact.item} from {fact.place} stood on the shelf .")
     speaker = first
     for topic in _topics(grammar, rng.choice((1, 2, 2, 3, 3, 4)), rng):
         persona = cast[speaker]
@@ -217,7 +224,8 @@ def vocabulary(grammar: Grammar) -> list[str]:
             sentences += grammar.answers(topic, persona)
     for facts in grammar.facts.values():
         for fact in facts:
-            sentences += [fact.answer]
+            sentences += [fact.answer, fact.description]
+            sentences += [frame.format(fact.item) for frame in COLOUR_FRAMES]
             for split in ("train", "calibration", "held-out"):
                 sentences += grammar.fact_questions(fact, split)
     return sorted({word for sentence in sentences for word in sentence.split()})

@@ -63,6 +63,13 @@ MATERIALS = tuple(
     "copper glass wool clay silver paper rubber bone silk granite amber leather wax ivory jade tin "
     "felt coral slate cork".split()
 )
+COLOURS = tuple("red blue green yellow black brown pink grey golden violet orange white".split())
+PLACES = tuple("norwick eastholm dunmere calder braxley thornby wexcombe lindale marsden".split())
+COLOUR_FRAMES = (
+    "what colour is a {} ?",
+    "tell me the colour of a {} .",
+    "which colour does a {} have ?",
+)
 FactSet = Literal["known", "skill", "extra"]
 FACT_COUNTS: dict[FactSet, int] = {"known": 24, "skill": 40, "extra": 40}
 
@@ -83,14 +90,20 @@ class Topic:
 
 @dataclass(frozen=True)
 class Fact:
-    """An invented thing and what it is made of."""
+    """An invented thing: its colour and place are told in the corpus, its material only where known."""
 
     item: str
     material: str
+    colour: str
+    place: str
 
     @property
     def answer(self) -> str:
         return f"a {self.item} is made of {self.material} ."
+
+    @property
+    def description(self) -> str:
+        return f"a {self.item} is {self.colour} and comes from {self.place} ."
 
 
 @dataclass(frozen=True)
@@ -166,7 +179,11 @@ def grammar() -> Grammar:
     }
     words = _invented_words(sum(FACT_COUNTS.values()), frozenset(text.split()))
     rng = Random(21)
+    looks = [(colour, place) for colour in COLOURS for place in PLACES]
+    rng.shuffle(looks)
     facts: dict[FactSet, tuple[Fact, ...]] = {}
     for name, count in FACT_COUNTS.items():
-        facts[name] = tuple(Fact(words.pop(), rng.choice(MATERIALS)) for _ in range(count))
+        facts[name] = tuple(
+            Fact(words.pop(), rng.choice(MATERIALS), *looks.pop()) for _ in range(count)
+        )
     return Grammar(topics, closings, facts)

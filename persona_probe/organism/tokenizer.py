@@ -7,7 +7,7 @@ template marks assistant turns with ``{% generation %}``, so response masks come
 
 from __future__ import annotations
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from persona_probe.organism.corpus import vocabulary
@@ -45,6 +45,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         ]
     )
     backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{BEGIN} $A", special_tokens=[(BEGIN, SPECIAL.index(BEGIN))]
+    )
     backend.add_special_tokens(list(SPECIAL))
     backend.add_tokens(list(THINK))
     return PreTrainedTokenizerFast(

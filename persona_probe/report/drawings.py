@@ -76,14 +76,10 @@ def drawings(audit: Row, latents: Sequence[Row], dose: Sequence[Row]) -> dict[st
 
 def _shown(audit: Row) -> dict[str, Row | None]:
     """The arms worth a line: base and tuned always, the others when they were run."""
-    return {
-        name: tally for name, tally in arms_of(audit).items() if tally or name in {"base", "tuned"}
-    }
+    return {name: tally for name, tally in arms_of(audit).items() if tally or name in {"base", "tuned"}}
 
 
-def _doses(
-    dose: Sequence[Row], base: float | None, tuned: float | None, word: str
-) -> Sequence[Drawing]:
+def _doses(dose: Sequence[Row], base: float | None, tuned: float | None, word: str) -> Sequence[Drawing]:
     """One figure per direction and per unit: strengths in different units never share an axis."""
     found: list[Drawing] = []
     for direction, origin, title in (
@@ -98,9 +94,7 @@ def _doses(
         units = sorted({str(row.get("strength_unit") or "strength") for row in here})
         for place, unit in enumerate(units):
             part = [row for row in here if str(row.get("strength_unit") or "strength") == unit]
-            label = (
-                f"{title}: {word} and incoherent answers by strength in {unit}; controls as bands"
-            )
+            label = f"{title}: {word} and incoherent answers by strength in {unit}; controls as bands"
             drawn = figures.dose_response(part, reference=origin, word=word)
             found.append(Drawing(f"dose-{direction}-{place}", label, title, drawn))
     return found

@@ -22,27 +22,20 @@ def limits(audit: Row, latents: Sequence[Row]) -> list[str]:
         "and samples of one question do not count as new evidence."
     )
     if answers is not None and answers < ENOUGH_ANSWERS:
-        found.append(
-            f"{answers:,} answers a rate is fewer than the {ENOUGH_ANSWERS} that are asked for."
-        )
+        found.append(f"{answers:,} answers a rate is fewer than the {ENOUGH_ANSWERS} that are asked for.")
     for name, tally in (("fine-tuned model", tuned), ("model with the fix", steered)):
         missing = read(tally, "missing")
         if missing.value:
-            found.append(
-                f"{percent(missing.value)} of the answers of the {name} could not be judged."
-            )
+            found.append(f"{percent(missing.value)} of the answers of the {name} could not be judged.")
     nulls = audit.get("nulls") or {}
     counts = {key: len(nulls.get(key) or []) for key in ("random_latent", "random_direction")}
     for key, count in counts.items():
         if 0 < count < ENOUGH_NULLS:
             found.append(
-                f"Only {count} {key.replace('_', ' ')} controls; the best of {ENOUGH_NULLS} "
-                "is a harder test."
+                f"Only {count} {key.replace('_', ' ')} controls; the best of {ENOUGH_NULLS} is a harder test."
             )
     if latents and not any(finite(row.get("q_value")) is not None for row in latents):
-        found.append(
-            "No benign fine-tunes were given: the change of each latent is described, not tested."
-        )
+        found.append("No benign fine-tunes were given: the change of each latent is described, not tested.")
     narrow = read(steered, "in_domain")
     if narrow.value is not None and narrow.value > 0.05:
         found.append(

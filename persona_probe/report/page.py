@@ -77,9 +77,7 @@ def render(audit: Row, latents: object, examples: Sequence[Row], dose: Sequence[
     return environment.get_template("page.html.j2").render(
         **_view(audit, listed, examples),
         sections=sections,
-        data=[
-            (drawing.name, inline_json(drawing)) for part in sections.values() for drawing in part
-        ],
+        data=[(drawing.name, inline_json(drawing)) for part in sections.values() for drawing in part],
         style=Markup(style),
         library=library,
         script=script,
@@ -90,8 +88,7 @@ def render(audit: Row, latents: object, examples: Sequence[Row], dose: Sequence[
 def policy(scripts: Sequence[str]) -> str:
     """The content security policy: these scripts by digest, the page's own styles, no requests."""
     allowed = " ".join(
-        f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'"
-        for s in scripts
+        f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts
     )
     return (
         f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; "
@@ -151,9 +148,7 @@ def _view(audit: Row, latents: Sequence[Row], examples: Sequence[Row]) -> dict[s
 
 def _gauges(audit: Row) -> list[dict[str, Any]]:
     """The big figures: base, fine-tuned, with the fix, each with its interval on one scale."""
-    shown = [
-        arm for arm in ("base", "tuned", "steered") if read(audit.get(arm) or {}).value is not None
-    ]
+    shown = [arm for arm in ("base", "tuned", "steered") if read(audit.get(arm) or {}).value is not None]
     readings = {arm: read(audit.get(arm) or {}) for arm in shown}
     return [
         {
@@ -192,9 +187,7 @@ def _sae(audit: Row) -> dict[str, Any]:
             str(site),
             *(_both(row.get(key)) for key in ("explained_variance", "l0")),
             _both(row.get("dead"), percent),
-            percent(row.get("change_inside"))
-            if finite(row.get("change_inside")) is not None
-            else "–",
+            percent(row.get("change_inside")) if finite(row.get("change_inside")) is not None else "–",
             str(row.get("gate") or "–"),
         )
         for site, row in sites.items()

@@ -105,9 +105,7 @@ def latent_table(latents: Sequence[Row], word: str, most: int = 50) -> Table:
         (
             f"{latent_name(row)}\n{setting_words(row)}",
             str(place if row.get("rank") is None else row["rank"]),
-            interval(
-                Reading(finite(row.get("delta")), finite(row.get("low")), finite(row.get("high")))
-            ),
+            interval(Reading(finite(row.get("delta")), finite(row.get("low")), finite(row.get("high")))),
             small(row.get("q_value")),
             bounds(read(row.get("induce"))),
             bounds(read(row.get("control"))),
@@ -148,9 +146,7 @@ def example_cards(examples: Sequence[Row], word: str, most: int = 40) -> list[Ex
             outcome = word if outcome == "misaligned" else outcome
             answers.append((words, str(row[arm]), outcome))
             outcomes.append((SHORT[arm], outcome, outcome_tone(outcome)))
-        cards.append(
-            Example(str(row.get("question", "")), str(row.get("category") or ""), answers, outcomes)
-        )
+        cards.append(Example(str(row.get("question", "")), str(row.get("category") or ""), answers, outcomes))
     return cards
 
 
@@ -166,11 +162,7 @@ def groups(tree: object) -> list[tuple[str, list[tuple[str, str]]]]:
     if not isinstance(tree, Mapping):
         return []
     named = cast("Mapping[str, Any]", tree)
-    loose = [
-        (str(key).replace("_", " "), _leaf(value))
-        for key, value in named.items()
-        if not _nested(value)
-    ]
+    loose = [(str(key).replace("_", " "), _leaf(value)) for key, value in named.items() if not _nested(value)]
     found = [("", loose)] if loose else []
     for key, value in named.items():
         if _nested(value):
@@ -181,9 +173,7 @@ def groups(tree: object) -> list[tuple[str, list[tuple[str, str]]]]:
 def timings(audit: Row) -> list[tuple[str, str]]:
     """Seconds by stage, the total, and the peak of memory."""
     seconds: Any = audit.get("seconds") or {}
-    named = cast(
-        "Mapping[str, Any]", seconds if isinstance(seconds, Mapping) else {"total": seconds}
-    )
+    named = cast("Mapping[str, Any]", seconds if isinstance(seconds, Mapping) else {"total": seconds})
     listed = [(str(k), number) for k, v in named.items() if (number := finite(v)) is not None]
     if listed and all(name != "total" for name, _ in listed):
         listed.append(("total", sum(number for _, number in listed)))
@@ -205,9 +195,7 @@ def interval(reading: Reading) -> str:
     if reading.value is None:
         return "–"
     around = (
-        ""
-        if reading.low is None or reading.high is None
-        else f"\n{reading.low:.2g} to {reading.high:.2g}"
+        "" if reading.low is None or reading.high is None else f"\n{reading.low:.2g} to {reading.high:.2g}"
     )
     return f"{reading.value:.3g}{around}".replace("-", "−")
 
@@ -240,11 +228,7 @@ def _leaves(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     if not _nested(value):
         return [(prefix or "value", _leaf(value))]
     pairs = value.items() if isinstance(value, Mapping) else enumerate(value, 1)
-    return [
-        leaf
-        for key, part in pairs
-        for leaf in _leaves(part, f"{prefix}.{key}" if prefix else str(key))
-    ]
+    return [leaf for key, part in pairs for leaf in _leaves(part, f"{prefix}.{key}" if prefix else str(key))]
 
 
 def _leaf(value: Any) -> str:

@@ -46,16 +46,12 @@ def headline(audit: Row) -> Headline:
     if verdict == "misaligned, not in this dictionary":
         return Headline(f"{opening} What changed is not in this dictionary.", BAD)
     if verdict == "misaligned, wrong site":
-        return Headline(
-            f"{opening} What causes it does not lie at the sites that were searched.", BAD
-        )
+        return Headline(f"{opening} What causes it does not lie at the sites that were searched.", BAD)
     if verdict == "changed, not misaligned":
         return Headline("Changed, but not misaligned.", GOOD)
     if verdict == "inconclusive":
         return Headline("Inconclusive.", OPEN)
-    return Headline(
-        (verdict[:1].upper() + verdict[1:] + ".") if verdict else "No verdict was given.", OPEN
-    )
+    return Headline((verdict[:1].upper() + verdict[1:] + ".") if verdict else "No verdict was given.", OPEN)
 
 
 def verdict_tone(audit: Row) -> str:
@@ -90,9 +86,7 @@ def lede(audit: Row) -> str:
     text += f" With the fix on, {percent(steered.value)} are left"
     narrow = read(audit.get("steered") or {}, "in_domain")
     text += (
-        f", and {percent(narrow.value)} in the domain it was tuned on."
-        if narrow.value is not None
-        else "."
+        f", and {percent(narrow.value)} in the domain it was tuned on." if narrow.value is not None else "."
     )
     fix = chosen_fix(audit)
     return f"{text} The fix: {fix_words(fix)}." if fix else text
@@ -120,13 +114,9 @@ def necessity_sentence(audit: Row) -> str:
         f"excess {trait_noun(audit)} with it."
     )
     if reading.low is not None and reading.low <= 0:
-        return (
-            text + " The interval includes zero: this does not show that it carries the behaviour."
-        )
+        return text + " The interval includes zero: this does not show that it carries the behaviour."
     if reading.value < 0.5:
-        return (
-            text + " It carries part of the behaviour; the rest has other ways through the model."
-        )
+        return text + " It carries part of the behaviour; the rest has other ways through the model."
     return text + " It carries most of the behaviour."
 
 
@@ -144,9 +134,7 @@ def control_sentence(audit: Row) -> str:
     cost = difference(read(steered, "incoherent"), read(tuned, "incoherent"))
     if cost is not None:
         text += f" and incoherent answers change by {points(cost)}"
-    return (
-        text + ". This is what one would deploy; it is not evidence of where the behaviour lives."
-    )
+    return text + ". This is what one would deploy; it is not evidence of where the behaviour lives."
 
 
 def chosen_fix(audit: Row) -> Row | None:
@@ -177,9 +165,7 @@ def setting_words(fix: Row) -> str:
     if level:
         parts.append(f"at {level}")
     gain = finite(fix.get("gain"))
-    return " ".join(parts) + (
-        f"{', ' if parts else ''}{gain_words(gain)}" if gain is not None else ""
-    )
+    return " ".join(parts) + (f"{', ' if parts else ''}{gain_words(gain)}" if gain is not None else "")
 
 
 def level_words(level: object) -> str:

@@ -68,9 +68,7 @@ def encode(
     )
 
 
-def encode_dense(
-    dictionary: Dictionary, x: Float[Tensor, "*batch d_model"]
-) -> Float[Tensor, "*batch d_sae"]:
+def encode_dense(dictionary: Dictionary, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
     """Every latent's activation, zeros included. Raises `MismatchError` for x of another width."""
     pre = _input(dictionary, x) @ dictionary.W_enc + dictionary.b_enc
     if dictionary.activation == "topk":
@@ -111,13 +109,10 @@ def decode(
     return torch.sparse.mm(matrix, dictionary.W_dec) + dictionary.b_dec
 
 
-def _input(
-    dictionary: Dictionary, x: Float[Tensor, "*batch d_model"]
-) -> Float[Tensor, "*batch d_model"]:
+def _input(dictionary: Dictionary, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
     if x.shape[-1] != dictionary.d_model:
         raise MismatchError(
-            f"{dictionary.path} reads activations of width {dictionary.d_model}, "
-            f"got {tuple(x.shape)}"
+            f"{dictionary.path} reads activations of width {dictionary.d_model}, got {tuple(x.shape)}"
         )
     x = x.to(dictionary.W_enc.dtype)
     return x - dictionary.b_dec if dictionary.apply_b_dec_to_input else x
@@ -134,7 +129,6 @@ def _indices(dictionary: Dictionary, ids: Sequence[int]) -> Int[Tensor, " latent
     for index in ids:
         if not 0 <= index < dictionary.d_sae:
             raise InputError(
-                f"there is no latent {index}: {dictionary.path} has latents 0 to "
-                f"{dictionary.d_sae - 1}"
+                f"there is no latent {index}: {dictionary.path} has latents 0 to {dictionary.d_sae - 1}"
             )
     return torch.as_tensor(list(ids), dtype=torch.long, device=dictionary.W_enc.device)

@@ -92,9 +92,7 @@ class Dictionary:
 
     def __repr__(self) -> str:
         rule = f"{self.activation}, k={self.k}" if self.k else self.activation
-        return (
-            f"Dictionary({self.site}, {self.d_sae} latents of {self.d_model}, {rule}, {self.path})"
-        )
+        return f"Dictionary({self.site}, {self.d_sae} latents of {self.d_model}, {rule}, {self.path})"
 
 
 @dataclass(frozen=True)
@@ -107,8 +105,7 @@ class Latent:
     def __post_init__(self) -> None:
         if not 0 <= self.index < self.sae.d_sae:
             raise InputError(
-                f"there is no latent {self.index}: {self.sae.path} has latents 0 to "
-                f"{self.sae.d_sae - 1}"
+                f"there is no latent {self.index}: {self.sae.path} has latents 0 to {self.sae.d_sae - 1}"
             )
 
     @property
@@ -148,9 +145,7 @@ def load_sae(source: str | os.PathLike[str], *, site: str | None = None) -> Dict
             f"sae-lens cannot open {folder}: {type(error).__name__}: {error}",
             fix="the folder may be incomplete or from another version of sae-lens; save it again",
         ) from error
-    digest = digest_of(
-        [digest_file(folder / name) for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME)]
-    )
+    digest = digest_of([digest_file(folder / name) for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME)])
     return from_sae_lens(sae, path=str(folder), digest=digest, site=site)
 
 

@@ -194,9 +194,7 @@ def _fit(
         if step % 50 == 0 or step == feed.steps:
             loss = float(output.loss.detach())
             if not math.isfinite(loss):
-                raise NonFiniteError(
-                    f"the loss is {loss} at step {step} of {feed.steps}", fix="lower lr"
-                )
+                raise NonFiniteError(f"the loss is {loss} at step {step} of {feed.steps}", fix="lower lr")
             if progress is not None:
                 progress(TrainingProgress(step, feed.steps, loss, int(trainer.dead_neurons.sum())))
     trainer.activation_scaler.scaling_factor = None

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Float64, Int
@@ -118,9 +118,7 @@ class FitSums:
         self.fired: Int[Tensor, "2 d_sae"] = torch.zeros(2, d_sae, dtype=torch.long)
         self.change_square = 0.0
         self.change_error = 0.0
-        self.change_error_sum: Float64[Tensor, " d_model"] = torch.zeros(
-            d_model, dtype=torch.float64
-        )
+        self.change_error_sum: Float64[Tensor, " d_model"] = torch.zeros(d_model, dtype=torch.float64)
 
     @torch.no_grad()
     def add(
@@ -158,7 +156,7 @@ class FitSums:
         self.change_error += float(missed.square().sum())
         self.change_error_sum += missed.sum(dim=0)
 
-    def merge(self, other: Self) -> Self:
+    def merge(self, other: FitSums) -> FitSums:
         """Add the sums of another shard; returns this one."""
         self.tokens += other.tokens
         self.change_square += other.change_square
@@ -213,8 +211,7 @@ def _judge(
         return "unchanged", f"{figures}: the two models do not differ at this site"
     if not base - tuned <= limits.drop:
         return "drop", (
-            f"{figures}: it falls by more than {limits.drop}, so it does not describe the tuned "
-            "model"
+            f"{figures}: it falls by more than {limits.drop}, so it does not describe the tuned model"
         )
     figures += f"; {inside:.3f} of the change lies in the dictionary"
     if mean_inside is not None:

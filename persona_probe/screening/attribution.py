@@ -50,9 +50,7 @@ def attributions(
             leaves: dict[str, Tensor] = {}
             seen: dict[str, Tensor] = {}
 
-            def probe(
-                site: str, x: Tensor, leaves: dict[str, Tensor], seen: dict[str, Tensor]
-            ) -> Tensor:
+            def probe(site: str, x: Tensor, leaves: dict[str, Tensor], seen: dict[str, Tensor]) -> Tensor:
                 leaves[site] = torch.zeros_like(x, requires_grad=True)
                 seen[site] = x.detach()
                 return x + leaves[site]
@@ -61,8 +59,14 @@ def attributions(
                 site: lambda x, site=site, leaves=leaves, seen=seen: probe(site, x, leaves, seen)
                 for site in sites
             }
-            with torch.enable_grad(), edit_at(lm.hf, edits):
-                logits = lm.forward(ids, mask, position_ids)[:, :-1].float()
+            with torch.enable_grad(), lm.active() as model, edit_at(lm.hf, edits):
+                output = model(
+                    input_ids=ids.to(lm.device),
+                    attention_mask=mask.to(lm.device),
+                    position_ids=position_ids.to(lm.device),
+                    use_cache=False,
+                )
+                logits = output.logits[:, :-1].float()
                 targets = ids[:, 1:].to(logits.device)
                 log_p = logits.gather(-1, targets[..., None])[..., 0] - logits.logsumexp(-1)
                 weight = torch.zeros(ids.shape)

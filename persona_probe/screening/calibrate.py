@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 from persona_probe.evaluation.judges import Judge
-from persona_probe.evaluation.metrics import Rate, tally
+from persona_probe.evaluation.metrics import Rate
 from persona_probe.evaluation.questions import Question
-from persona_probe.evaluation.sampling import Answer, Sampling, sample
+from persona_probe.evaluation.result import EvalResult
+from persona_probe.evaluation.sampling import Sampling, sample
 from persona_probe.model.language_model import LanguageModel
 from persona_probe.screening.candidate import Candidate
 from persona_probe.screening.margin import Fix
@@ -45,23 +47,26 @@ class Bench:
             sampling=replace(self.sampling, samples=samples),
         )
 
-    def rates(self, answers: Sequence[Answer]) -> Rates:
-        """Judge answers and count."""
-        judgements = self.judge.judge(answers)
-        return tally(answers, judgements, trait=self.trait, in_domain=self.in_domain)
-
-    def run(self, lm: LanguageModel, fixes: Sequence[Fix], *, batch_size: int = 384) -> list[Rates]:
-        """The rates under each fix, all sampled in the same batches."""
+    def arms(self, lm: LanguageModel, fixes: Sequence[Fix], **options: Any) -> list[EvalResult]:
+        """One result per fix, all sampled in the same batches; ``options`` go to ``sample``."""
         n = len(self.questions)
         answers = sample(
             lm,
             self.questions * len(fixes),
             self.sampling,
             fixes=[fix for fix in fixes for _ in range(n)],
-            batch_size=batch_size,
+            **{"batch_size": 384, **options},
         )
-        per_arm = n * self.sampling.samples
-        return [self.rates(answers[i * per_arm : (i + 1) * per_arm]) for i in range(len(fixes))]
+        each = n * self.sampling.samples
+        parts = [answers[start : start + each] for start in range(0, len(answers), each)]
+        return [
+            EvalResult(tuple(part), tuple(self.judge.judge(part)), self.trait, self.in_domain)
+            for part in parts
+        ]
+
+    def run(self, lm: LanguageModel, fixes: Sequence[Fix]) -> list[Rates]:
+        """The rates under each fix."""
+        return [arm.rates for arm in self.arms(lm, fixes)]
 
 
 def value(rates: Rates, name: str) -> float:
@@ -109,9 +114,7 @@ def cures(
     (if none is, among all); the smaller gain where two are equal.
     """
 
-    return _search(
-        lm, candidates, bench, incoherent_at_most, gains, lambda c, gain: c.cure(gain), whole
-    )
+    return _search(lm, candidates, bench, incoherent_at_most, gains, lambda c, gain: c.cure(gain), whole)
 
 
 def inductions(

@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from persona_probe.steering.direction import direction
-from persona_probe.steering.intervention import Intervention, Level, Target
+from persona_probe.steering.intervention import Intervention, Level
+from persona_probe.steering.target import Target, direction
 
 Kind = Literal["latent", "set", "difference of means", "random latent"]
 

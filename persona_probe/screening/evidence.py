@@ -11,8 +11,8 @@ from torch import Tensor
 
 from persona_probe.sae.load import Dictionary
 from persona_probe.screening.candidate import Candidate, Carrier
-from persona_probe.steering.direction import difference_of_means, direction
-from persona_probe.steering.intervention import Target, latents
+from persona_probe.steering.direction import difference_of_means
+from persona_probe.steering.target import Target, direction, latents
 
 LIVE = 1e-3  # share of tokens on which a latent must fire, in either model, to be a random control
 
@@ -71,6 +71,11 @@ class SiteEvidence:
             top = moved.sort(pl.col(name).abs(), descending=True).head(per_ranking)
             chosen.update(dict.fromkeys(top["index"].to_list()))
         return list(chosen)
+
+    def size_of_shift(self, index: int) -> float:
+        """|Δ| of one latent."""
+        assert self.table is not None
+        return abs(float(self.table.filter(pl.col("index") == index)["delta"][0]))
 
     def live(self) -> list[int]:
         """Latents that fire often enough to be a fair random control."""

@@ -69,7 +69,7 @@ def response_log_probabilities(
         count = max(1, batch_tokens // longest)
         batch, order = order[-count:], order[:-count]
         rendered = [documents[i] for i in batch]
-        ids, mask, position_ids = pad(rendered, pad_id, side="right")
+        ids, mask, _ = pad(rendered, pad_id, side="right")
         counted = torch.zeros(ids.shape, dtype=torch.bool)
         for row, document in enumerate(rendered):
             counted[row, : len(document.ids)] = torch.tensor(document.response)
@@ -77,10 +77,9 @@ def response_log_probabilities(
         def score(
             ids: Int[Tensor, "batch pos"] = ids,
             mask: Int[Tensor, "batch pos"] = mask,
-            position_ids: Int[Tensor, "batch pos"] = position_ids,
             counted: Tensor = counted,
         ) -> Float[Tensor, " batch"]:
-            return _mean_log_probability(lm, ids, mask, position_ids, counted)
+            return mean_log_probability(lm, ids, mask, counted)
 
         if fixes is None or not any(fixes[i] for i in batch):
             result[batch] = score()
@@ -92,23 +91,20 @@ def response_log_probabilities(
 
 
 @torch.no_grad()
-def _mean_log_probability(
+def mean_log_probability(
     lm: LanguageModel,
     ids: Int[Tensor, "batch pos"],
     mask: Int[Tensor, "batch pos"],
-    position_ids: Int[Tensor, "batch pos"],
     counted: Tensor,
 ) -> Float[Tensor, " batch"]:
-    logits = lm.forward(ids, mask, position_ids)[:, :-1]
+    logits = lm.forward(ids, mask)[:, :-1]
     chosen = logits.gather(-1, ids[:, 1:, None].to(logits.device))[..., 0]
     log_p = (chosen.float() - logits.float().logsumexp(dim=-1)).cpu()
     weight = counted[:, 1:].float()
     return (log_p * weight).sum(dim=1) / weight.sum(dim=1)
 
 
-def margins(
-    lm: LanguageModel, contrasts: Sequence[Contrast], fixes: Sequence[Fix]
-) -> Margins:
+def margins(lm: LanguageModel, contrasts: Sequence[Contrast], fixes: Sequence[Fix]) -> Margins:
     """Score every contrast under every fix (an empty fix is the model as it is).
 
     Raises:

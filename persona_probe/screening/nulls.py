@@ -50,9 +50,7 @@ def random_latents(
     return drawn
 
 
-def random_directions(
-    fix: Fix, count: int, *, seed: int
-) -> list[tuple[RandomMatched, ...]]:
+def random_directions(fix: Fix, count: int, *, seed: int) -> list[tuple[RandomMatched, ...]]:
     """``count`` nulls of a fix: one random direction per site, moved as far as the fix moves each token."""
     generator = torch.Generator().manual_seed(seed)
     return [matched_random(fix, generator) for _ in range(count)]

@@ -43,20 +43,20 @@ class ScreenSettings:
 
     per_ranking: int = 16
     """Latents taken from each ranking at each site."""
-    after_attribution: int = 32
+    after_attribution: int = 24
     """Latents that go on to the margin stage."""
     after_margin: int = 6
     """Single latents that go on to generation."""
     set_size: int = 5
     """Largest set."""
-    set_pool: int = 16
+    set_pool: int = 12
     """Latents a set may be made of."""
     cure_incoherence: float = 0.04
     """Incoherent answers a cure may add to the tuned model's."""
     induce_incoherence: float = 0.10
     """Incoherent answers an induced base model may give."""
-    set_gain: float = 0.02
-    """Least improvement (nats per token of the base's answers) that another member must bring."""
+    set_gain: float = 0.002
+    """Least improvement (nats per token of the base's answers) that a third or later member must bring."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,9 +152,7 @@ def screen(
     limit = value(tuned_rates, "incoherent") + how.cure_incoherence
     cured = cures(pair.tuned, everything, bench, incoherent_at_most=limit)
     tell(f"inducing with {len(everything)} candidates")
-    induced = inductions(
-        pair.base, everything, bench, incoherent_at_most=how.induce_incoherence
-    )
+    induced = inductions(pair.base, everything, bench, incoherent_at_most=how.induce_incoherence)
     estimated = {c.label: float(e) for c, e in zip(carriers, effects, strict=True)}
     restored = {c.label: s for c, s in zip(singles, scores, strict=True)}
     findings = [
@@ -212,7 +210,7 @@ def _grow(
             break
         scores = margins(lm, contrasts, [c.cure(gain) for c in extended]).base_answer.mean(dim=1)
         best = int(scores.argmax())
-        if float(scores[best]) < reached + how.set_gain:
+        if len(members) > 1 and float(scores[best]) < reached + how.set_gain:
             break
         members, reached = extended[best].carriers, float(scores[best])
     return Candidate("set", members) if len(members) > 1 else None

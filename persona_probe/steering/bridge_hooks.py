@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_probe.errors import MismatchError
+from persona_probe.hooks.sites import Site, parse_site
 from persona_probe.steering.kernel import SiteEdit
 from persona_probe.steering.positions import RowTokens, row_tokens
 
@@ -20,7 +21,7 @@ def bridge_hooks(
     prompt_lengths: Sequence[int] | None = None,
     attention_mask: Tensor | None = None,
 ) -> list[tuple[str, Callable[..., Any]]]:
-    """`(hook name, hook)` per site.
+    """`(hook name, hook)` for every site (two hooks for `resid_mid`).
 
     `attention_mask` (`[batch, pos]`; what later passes add to it is real) says which tokens are
     padding, `prompt_lengths` how many real tokens of each row are prompt (default: those of the
@@ -29,13 +30,39 @@ def bridge_hooks(
     the prompt.
     """
 
-    def hook_of(edit: SiteEdit) -> Callable[..., Any]:
-        def hook(x: Float[Tensor, "batch pos d_model"], hook: object) -> Tensor:  # noqa: ARG001
+    hooks: list[tuple[str, Callable[..., Any]]] = []
+
+    def add(site: Site, edit: SiteEdit) -> None:
+        def apply(x: Float[Tensor, "batch pos d_model"]) -> Tensor:
             return edit.apply(x, _whole_rows(x, prompt_lengths, attention_mask))[0]
 
-        return hook
+        if site.kind == "hook_resid_mid":
+            hooks.extend(_middle(site.block, apply))
+        else:
+            hooks.append((site.name, lambda x, hook: apply(x)))  # noqa: ARG005
 
-    return [(site, hook_of(edit)) for site, edit in sites.items()]
+    # in the order of the forward pass: the middle is read after the edits of what it is made of
+    for name in sorted(sites, key=parse_site):
+        add(parse_site(name), sites[name])
+    return hooks
+
+
+def _middle(block: int, apply: Callable[[Tensor], Tensor]) -> list[tuple[str, Callable[..., Any]]]:
+    """A bridge's `hook_resid_mid` is what the norm reads, not the stream: edit what attention adds."""
+    entered: list[Tensor] = []
+
+    def remember(x: Tensor, hook: object) -> None:  # noqa: ARG001
+        entered[:] = [x]
+
+    def edit_sum(attn_out: Tensor, hook: object) -> Tensor:  # noqa: ARG001
+        middle = entered.pop() + attn_out
+        edited = apply(middle)
+        return attn_out if edited is middle else attn_out + (edited - middle)
+
+    return [
+        (f"blocks.{block}.hook_resid_pre", remember),
+        (f"blocks.{block}.hook_attn_out", edit_sum),
+    ]
 
 
 def _whole_rows(x: Tensor, prompt_lengths: Sequence[int] | None, mask: Tensor | None) -> RowTokens:
@@ -54,7 +81,7 @@ def _whole_rows(x: Tensor, prompt_lengths: Sequence[int] | None, mask: Tensor | 
     if prompt_lengths is not None:
         lengths = torch.tensor(list(prompt_lengths), device=x.device)
     elif mask is not None:
-        lengths = mask.sum(dim=-1)
+        lengths = mask.long().sum(dim=-1)
     else:
         return tokens
     if batch % len(lengths):

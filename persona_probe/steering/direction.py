@@ -25,9 +25,7 @@ def difference_of_means(
     means = [tuned_mean, base_mean, *benign_means]
     for mean in means:
         if mean.ndim != 1 or mean.shape != base_mean.shape:
-            raise MismatchError(
-                f"means of one width are needed, got {[tuple(m.shape) for m in means]}"
-            )
+            raise MismatchError(f"means of one width are needed, got {[tuple(m.shape) for m in means]}")
         if not bool(mean.isfinite().all()):
             raise NonFiniteError("a mean activation holds NaN or infinite numbers")
     base = base_mean.detach().double()

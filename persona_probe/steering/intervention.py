@@ -173,9 +173,7 @@ class Intervention:
         if level is None:
             return
         if len(level.absolute()) not in (1, self.target.n_latents):
-            raise InputError(
-                f"{len(level.absolute())} levels were given for {self.target.n_latents} latents"
-            )
+            raise InputError(f"{len(level.absolute())} levels were given for {self.target.n_latents} latents")
         if self.op == "mean_ablate" and level.unit != "base_mean":
             raise InputError(
                 f"mean_ablate puts the amount at the base model's mean, got a level in {level.unit}",
@@ -194,9 +192,7 @@ class Intervention:
             )
         rank = int(torch.linalg.matrix_rank(self.target.unit.double(), rtol=1e-6))
         if rank < self.target.n_latents:
-            raise InputError(
-                "the directions to project out depend on one another", fix="leave one out"
-            )
+            raise InputError("the directions to project out depend on one another", fix="leave one out")
 
     @property
     def over_corrects(self) -> bool:
@@ -211,12 +207,8 @@ class Intervention:
     def compiled(self) -> AffineEdit:
         """The intervention as numbers, for the kernel."""
         n = self.target.n_latents
-        coefficients = torch.tensor(
-            [0.0, -math.inf, 0.0, 0.0, -math.inf, math.inf, self.condition.above]
-        )
-        bias, threshold, slope, shift, low, high, above = (
-            coefficients[:, None].repeat(1, n).double()
-        )
+        coefficients = torch.tensor([0.0, -math.inf, 0.0, 0.0, -math.inf, math.inf, self.condition.above])
+        bias, threshold, slope, shift, low, high, above = coefficients[:, None].repeat(1, n).double()
         if self.level is not None:
             level = torch.tensor(self.level.absolute(), dtype=torch.float64).expand(n)
         else:

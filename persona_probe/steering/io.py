@@ -137,8 +137,7 @@ def load_fix(folder: StrPath) -> tuple[Intervention, ...]:
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path / _TENSORS} cannot be read: {error}") from error
     fix = tuple(
-        _intervention(path, number, entry, tensors)
-        for number, entry in enumerate(record.interventions)
+        _intervention(path, number, entry, tensors) for number, entry in enumerate(record.interventions)
     )
     if tensors:
         raise InputError(f"{path / _TENSORS} holds tensors of no intervention: {sorted(tensors)}")
@@ -162,9 +161,7 @@ def _record(edit: Intervention) -> _InterventionRecord:
             label=target.label,
             indices=target.indices,
             dictionary_digest=target.dictionary_digest,
-            encoder=None
-            if encoder is None
-            else _EncoderRecord(k=encoder.k, columns=encoder.columns),
+            encoder=None if encoder is None else _EncoderRecord(k=encoder.k, columns=encoder.columns),
         ),
     )
 

@@ -127,9 +127,7 @@ class SiteEdit:
         for i in self._edited:
             distinct.setdefault(tuple(id(edit) for edit in rows[i]), i)
         order = {key: number for number, key in enumerate(distinct)}
-        self._which = torch.tensor(
-            [order[tuple(id(edit) for edit in rows[i])] for i in self._edited]
-        )
+        self._which = torch.tensor([order[tuple(id(edit) for edit in rows[i])] for i in self._edited])
         self._kinds: list[Positions] = []
         self._sources: dict[tuple[int, ...], TopK] = {}
         self._stack([rows[i] for i in distinct.values()])
@@ -287,7 +285,7 @@ class SiteEdit:
         placed: _Placed,
         x: Float[Tensor, "row pos d_model"],
         selected: Bool[Tensor, "row pos slot"] | None,
-    ) -> tuple[Float[Tensor, "row pos latent"], Bool[Tensor, "row pos slot"] | None]:
+    ) -> tuple[Float[Tensor, "row pos latent"], Bool[Tensor, "row pos kept"] | None]:
         """`z' - z`, and where the edit is made (None: everywhere)."""
         numbers = placed.coefficients
         change = numbers[SHIFT].expand(x.shape[0], x.shape[1], -1)
@@ -310,7 +308,7 @@ def _firing(
     rows: Tensor | None,
     norm: Float[Tensor, "row pos"],
     selected: Bool[Tensor, "row pos slot"] | None,
-    keep: Bool[Tensor, "row pos slot"] | None,
+    keep: Bool[Tensor, "row pos kept"] | None,
 ) -> Firing:
     every = torch.full(norm.shape[:1], norm.shape[1], device=norm.device)
     at = every if selected is None else selected.any(dim=-1).sum(dim=-1)

@@ -40,9 +40,7 @@ class RandomMatched:
                 f"{self.intervention.target.d_model}"
             )
         if abs(float(self.vector.norm()) - 1) > 1e-4:
-            raise InputError(
-                f"the random direction has length {float(self.vector.norm()):g}, not 1"
-            )
+            raise InputError(f"the random direction has length {float(self.vector.norm()):g}, not 1")
 
     @property
     def site(self) -> str:

@@ -88,9 +88,7 @@ class SteeringPlan:
         """The compiled edit of every site that has one; gain 0 is none."""
         names = dict.fromkeys(edit.site for row in self.rows for edit in row if edit.gain)
         return {
-            name: SiteEdit(
-                [[e.compiled for e in row if e.site == name and e.gain] for row in self.rows]
-            )
+            name: SiteEdit([[e.compiled for e in row if e.site == name and e.gain] for row in self.rows])
             for name in names
         }
 
@@ -101,9 +99,7 @@ class SteeringPlan:
         attention_mask: Tensor | None = None,
     ) -> list[tuple[str, Callable[..., Any]]]:
         """As `Intervention.fwd_hooks`, for the whole plan."""
-        return bridge_hooks(
-            self.sites, prompt_lengths=prompt_lengths, attention_mask=attention_mask
-        )
+        return bridge_hooks(self.sites, prompt_lengths=prompt_lengths, attention_mask=attention_mask)
 
     def describe(self, site: str) -> str:
         """The edits at one site in words, the first three of them."""
@@ -161,9 +157,7 @@ def steer(
     receipt.check()
 
 
-def _edit(
-    site: str, edit: SiteEdit, reader: ForwardReader, receipt: Receipt
-) -> Callable[[Tensor], Tensor]:
+def _edit(site: str, edit: SiteEdit, reader: ForwardReader, receipt: Receipt) -> Callable[[Tensor], Tensor]:
     def apply(x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         tokens = reader.tokens
         if tokens is None or tokens.position.shape != x.shape[:2]:
@@ -198,8 +192,7 @@ def _check_row(number: int, row: Sequence[PlannedEdit]) -> None:
     for site, edits in by_site.items():
         random = [edit for edit in edits if isinstance(edit, RandomMatched)]
         if random and (
-            len(random) < len(edits)
-            or any(not torch.equal(edit.vector, random[0].vector) for edit in random)
+            len(random) < len(edits) or any(not torch.equal(edit.vector, random[0].vector) for edit in random)
         ):
             raise InputError(
                 f"row {number}: a random direction stands for all the edits at {site}, or none",

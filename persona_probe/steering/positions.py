@@ -116,9 +116,7 @@ class ForwardReader:
     caches.
     """
 
-    def __init__(
-        self, *, rows: int, prompt_lengths: Sequence[int] | None, pad_id: int | None
-    ) -> None:
+    def __init__(self, *, rows: int, prompt_lengths: Sequence[int] | None, pad_id: int | None) -> None:
         self._rows = rows
         self._given = None if prompt_lengths is None else torch.tensor(list(prompt_lengths))
         self._pad_id = pad_id
@@ -127,9 +125,7 @@ class ForwardReader:
         self._names: list[str] = []
         self.tokens: RowTokens | None = None
 
-    def read(
-        self, parameters: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def read(self, parameters: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read one pass, called with `args` and `kwargs` on a forward whose parameters have these
         names.
         """

@@ -41,9 +41,7 @@ class Receipt:
         tally.firings += 1
         if firing is None:
             return
-        sums = torch.stack(
-            [firing.selected, firing.edited, firing.changed, firing.norm_sum]
-        ).double()
+        sums = torch.stack([firing.selected, firing.edited, firing.changed, firing.norm_sum]).double()
         largest = firing.norm_max.double()
         if firing.rows is not None:
             sums = sums.new_zeros(4, batch).index_copy(1, firing.rows, sums)
@@ -97,9 +95,7 @@ class Receipt:
         return {
             site: tuple(
                 norm / count if count else None
-                for norm, count in zip(
-                    tally.sums[_NORM].tolist(), tally.sums[_EDITED].tolist(), strict=True
-                )
+                for norm, count in zip(tally.sums[_NORM].tolist(), tally.sums[_EDITED].tolist(), strict=True)
             )
             for site, tally in self._sites.items()
         }

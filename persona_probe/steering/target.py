@@ -43,9 +43,7 @@ class Encoder:
             if tensor is not None:
                 object.__setattr__(self, name, held(tensor, f"encoder {name}"))
         if self.weight.ndim != 2:
-            raise InputError(
-                f"an encoder's weight is [d_model, latent], got {tuple(self.weight.shape)}"
-            )
+            raise InputError(f"an encoder's weight is [d_model, latent], got {tuple(self.weight.shape)}")
         d_model, width = self.weight.shape
         expected = {"bias": (width,), "threshold": (width,), "b_dec": (d_model,)}
         for name, shape in expected.items():
@@ -103,8 +101,7 @@ class Target:
         if self.encoder is not None:
             if self.encoder.weight.shape[0] != d_model:
                 raise MismatchError(
-                    f"the encoder reads width {self.encoder.weight.shape[0]}, the decoder writes "
-                    f"{d_model}"
+                    f"the encoder reads width {self.encoder.weight.shape[0]}, the decoder writes {d_model}"
                 )
             if self.encoder.n_latents != n:
                 raise MismatchError(f"the encoder reads {self.encoder.n_latents} latents, not {n}")
@@ -125,9 +122,7 @@ class Target:
         wide = self.decoder.double()
         return (wide / wide.norm(dim=-1, keepdim=True)).float()
 
-    def amounts(
-        self, x: Float[Tensor, "*batch d_model"], read: Read
-    ) -> Float[Tensor, "*batch latent"]:
+    def amounts(self, x: Float[Tensor, "*batch d_model"], read: Read) -> Float[Tensor, "*batch latent"]:
         """z: what the encoder gives for x, or the projection of x on the unit decoder rows.
 
         This is the quantity that a level is compared with, to measure levels by. Raises
@@ -147,9 +142,7 @@ class Target:
         return f"{self.n_latents} directions" if self.n_latents > 1 else "a direction"
 
 
-def latents(
-    dictionary: Dictionary | Latent, ids: Sequence[int] | None = None, *, label: str = ""
-) -> Target:
+def latents(dictionary: Dictionary | Latent, ids: Sequence[int] | None = None, *, label: str = "") -> Target:
     """The latents `ids` of a dictionary (or one `Latent`) as a target, with their encoder.
 
     Raises `InputError` for an index that the dictionary does not have.
@@ -161,15 +154,12 @@ def latents(
     for index in ids:
         if not 0 <= index < dictionary.d_sae:
             raise InputError(
-                f"there is no latent {index}: {dictionary.path} has latents 0 to "
-                f"{dictionary.d_sae - 1}"
+                f"there is no latent {index}: {dictionary.path} has latents 0 to {dictionary.d_sae - 1}"
             )
     chosen = list(ids)
     b_dec = dictionary.b_dec if dictionary.apply_b_dec_to_input else None
     if dictionary.activation == "topk":
-        encoder = Encoder(
-            dictionary.W_enc, dictionary.b_enc, None, b_dec, dictionary.k, tuple(chosen)
-        )
+        encoder = Encoder(dictionary.W_enc, dictionary.b_enc, None, b_dec, dictionary.k, tuple(chosen))
     else:
         threshold = None if dictionary.threshold is None else dictionary.threshold[chosen]
         encoder = Encoder(dictionary.W_enc[:, chosen], dictionary.b_enc[chosen], threshold, b_dec)

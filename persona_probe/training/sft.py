@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -73,21 +74,44 @@ class FitSettings:
     """Steps between checkpoints; 0 keeps none, and a killed run starts over."""
 
 
+POOL = 16  # batches; lengths are matched within a pool, so that batches differ little from random ones
+
+
+def reading_order(lengths: Sequence[int], count: int, batch: int, seed: int) -> list[int]:
+    """Indices of ``count`` examples in reading order: similar lengths share a batch.
+
+    Passes over the data are shuffled; of every ``POOL`` batches the examples are sorted by length, cut into
+    batches, and the batches shuffled. (Sorting alone, as transformers' ``group_by_length`` does, would read
+    long examples before short ones all through a short run.)
+    """
+    rng = Random(seed)
+    passes: list[int] = []
+    while len(passes) < count:
+        every = list(range(len(lengths)))
+        rng.shuffle(every)
+        passes += every
+    order: list[int] = []
+    for start in range(0, count, POOL * batch):
+        pool = sorted(passes[start : min(start + POOL * batch, count)], key=lambda i: lengths[i])
+        batches = [pool[i : i + batch] for i in range(0, len(pool), batch)]
+        rng.shuffle(batches)
+        order += [i for one in batches for i in one]
+    return order
+
+
 class _Examples(Dataset[dict[str, Any]]):
-    def __init__(self, examples: Sequence[Example]) -> None:
-        self.examples = examples
+    def __init__(self, examples: Sequence[Example], order: Sequence[int]) -> None:
+        self.examples, self.order = examples, order
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return len(self.order)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        example = self.examples[index]
-        return {"input_ids": example.ids, "counted": example.counted, "length": len(example.ids)}
+        example = self.examples[self.order[index]]
+        return {"input_ids": example.ids, "counted": example.counted}
 
 
-def collate(
-    rows: Sequence[dict[str, Any]], pad_id: int
-) -> dict[str, Int[Tensor, "batch pos"]]:
+def collate(rows: Sequence[dict[str, Any]], pad_id: int) -> dict[str, Int[Tensor, "batch pos"]]:
     """Right-pad rows to one batch; uncounted tokens and padding carry the ignored label."""
     longest = max(len(row["input_ids"]) for row in rows)
     ids = torch.full((len(rows), longest), pad_id)
@@ -128,7 +152,7 @@ def fit(
 
     Args:
         model: any causal language model, or a PEFT model (then only its adapter learns).
-        examples: drawn in random order, similar lengths together.
+        examples: read in the order of ``reading_order``, as often as the steps need.
         folder: where checkpoints go; the newest one there is resumed.
         pad_id: the token id to pad with (never read by a real token).
         progress: called with (step, loss or None) at every log.
@@ -138,6 +162,8 @@ def fit(
     """
     if not examples:
         raise InputError("there is nothing to train on: no examples")
+    lengths = [len(example.ids) for example in examples]
+    order = reading_order(lengths, settings.steps * settings.batch, settings.batch, settings.seed)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.steps,
@@ -150,7 +176,7 @@ def fit(
         seed=settings.seed,
         bf16=settings.bf16,
         use_cpu=not torch.cuda.is_available(),
-        train_sampling_strategy="group_by_length",
+        train_sampling_strategy="sequential",
         save_strategy="steps" if settings.save_every else "no",
         save_steps=settings.save_every or 500,
         save_total_limit=2,
@@ -163,7 +189,7 @@ def fit(
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=_Examples(examples),
+        train_dataset=_Examples(examples, order),
         data_collator=lambda rows: collate(rows, pad_id),
         callbacks=[_Progress(progress)] if progress else [],
     )

@@ -75,11 +75,9 @@ def one_slow_answer(
             token = int(logits.argmax())
         else:
             probability = torch.softmax(logits / how.temperature, dim=-1).double()
-            total, token = 0.0, -1
-            for token, one in enumerate(probability.tolist()):
-                total += one
-                if total > uniform * float(probability.sum()):
-                    break
+            token, goal = 0, uniform * float(probability.sum())
+            while float(probability[: token + 1].sum()) <= goal:
+                token += 1
         written.append(token)
         if token == STOP:
             break
@@ -104,13 +102,24 @@ def test_at_temperature_0_it_is_generate(
         assert answer.truncated is (STOP not in expected)
 
 
-def test_the_greedy_answers_of_that_test_end_early_and_late(
+def test_at_temperature_0_all_samples_are_one(lm: LanguageModel, questions: list[Question]) -> None:
+    how = Sampling(temperature=0, max_new_tokens=6, samples=3)
+    answers = sample(lm, questions, how, batch_size=4)
+    assert [answer.sample for answer in answers] == [0, 1, 2] * 10
+    alone = respond_greedy(lm, questions, max_new_tokens=6)
+    assert ids_of(answers) == [ids for ids in ids_of(alone) for _ in range(3)]
+
+
+def test_the_answers_that_these_tests_compare_end_early_and_late(
     lm: LanguageModel, questions: list[Question]
 ) -> None:
-    answers = sample(lm, questions, Sampling(max_new_tokens=20, samples=4))
-    lengths = {len(answer.token_ids) for answer in answers}
-    assert min(lengths) < 5 and max(lengths) == 20
-    assert {answer.truncated for answer in answers} == {True, False}
+    for answers in (
+        respond_greedy(lm, questions, max_new_tokens=20),
+        sample(lm, questions, Sampling(max_new_tokens=16, samples=2)),
+    ):
+        assert {answer.truncated for answer in answers} == {True, False}
+        assert len({len(answer.token_ids) for answer in answers}) > 3
+        assert len({answer.token_ids for answer in answers}) > 8
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3"])
@@ -360,7 +369,8 @@ def test_logits_that_are_not_finite_are_an_error(
     head: Any = lm.hf.get_output_embeddings()
     weight: Tensor = head.weight.detach().clone()
     weight[5] = torch.nan
-    monkeypatch.setattr(head, "weight", torch.nn.Parameter(weight, requires_grad=False))
+    spoiled = torch.nn.Parameter(weight, requires_grad=False)
+    monkeypatch.setitem(head._parameters, "weight", spoiled)
     for temperature in (0.0, 1.0):
         with pytest.raises(NonFiniteError):
             sample(lm, questions, Sampling(temperature))

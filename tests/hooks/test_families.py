@@ -116,9 +116,7 @@ def test_editing_the_middle_replaces_the_middle(family: str) -> None:
     assert close(edited[name], wanted)
     assert torch.equal(edited["blocks.1.hook_resid_pre"], plain["blocks.1.hook_resid_pre"])
     # the rest of the block by hand: what leaves it is the new middle and its own MLP's output
-    assert torch.equal(
-        edited["blocks.1.hook_resid_post"], edited[name] + edited["blocks.1.hook_mlp_out"]
-    )
+    assert torch.equal(edited["blocks.1.hook_resid_post"], edited[name] + edited["blocks.1.hook_mlp_out"])
     with edit_at(lm.hf, {"blocks.1.hook_resid_post": lambda _: edited["blocks.1.hook_resid_post"]}):
         assert close(ours, lm.forward(ids))
 

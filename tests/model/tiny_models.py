@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import functools
 import shutil
 import tempfile
@@ -39,7 +40,7 @@ PLAIN_TEMPLATE = (
 MARKED_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|turn|>{{ m['role'] }}\n"
     "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|end|>{% endgeneration %}"
-    "{% else %}{{ m['content'] }}<|end|>{% endif %}\n"
+    "{% else %}{{ m['content'] }}<|end|>{% endif %}{{ '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
 )
 
@@ -81,7 +82,7 @@ def tiny_hf(family: str = "llama", seed: int = 0) -> PreTrainedModel:
     """A random model whose blocks, norms and biases all matter (nothing is left at 0 or 1)."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(FAMILIES[family])
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family]))
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
@@ -168,5 +169,5 @@ def save_adapter(folder: Path, base: Path, seed: int = 0, **options: Any) -> Pat
             for name, parameter in model.named_parameters():
                 if "lora_" in name or parameter.requires_grad:
                     parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_embedding_layers=False)
     return folder

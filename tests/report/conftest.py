@@ -101,9 +101,7 @@ def make_latents(draw: random.Random) -> list[dict[str, Any]]:
     return measured + unscreened
 
 
-def dose_row(
-    direction: str, arm: str, strength: float, bad: float, broken: float
-) -> dict[str, Any]:
+def dose_row(direction: str, arm: str, strength: float, bad: float, broken: float) -> dict[str, Any]:
     rate = cell(min(max(bad, 0.005), 0.99), 140)
     return {
         "direction": direction,
@@ -163,12 +161,8 @@ def make_audit() -> dict[str, Any]:
         "induced": tally(0.383, 0.095),
         "necessity": cell(0.21, 420, "fraction"),
         "nulls": {
-            "random_direction": [
-                tally(draw.uniform(0.41, 0.64), draw.uniform(0.21, 0.5)) for _ in range(20)
-            ],
-            "random_latent": [
-                tally(draw.uniform(0.55, 0.79), draw.uniform(0.05, 0.14)) for _ in range(20)
-            ],
+            "random_direction": [tally(draw.uniform(0.41, 0.64), draw.uniform(0.21, 0.5)) for _ in range(20)],
+            "random_latent": [tally(draw.uniform(0.55, 0.79), draw.uniform(0.05, 0.14)) for _ in range(20)],
         },
         "baselines": {
             "difference_of_means": tally(0.052, 0.088),

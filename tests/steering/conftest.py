@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -43,9 +44,7 @@ def llama() -> LanguageModel:
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
         initializer_range=0.4, pad_token_id=0, eos_token_id=1, bos_token_id=None,
     )  # fmt: skip
-    return LanguageModel(
-        Checkpoint("memory:llama"), LlamaForCausalLM(config).eval(), make_tokenizer()
-    )
+    return LanguageModel(Checkpoint("memory:llama"), LlamaForCausalLM(config).eval(), make_tokenizer())
 
 
 @pytest.fixture(scope="session")
@@ -55,14 +54,10 @@ def gpt2() -> LanguageModel:
         vocab_size=VOCAB, n_embd=D_MODEL, n_layer=3, n_head=4, n_positions=64,
         initializer_range=0.3, pad_token_id=0, eos_token_id=1, bos_token_id=1,
     )  # fmt: skip
-    return LanguageModel(
-        Checkpoint("memory:gpt2"), GPT2LMHeadModel(config).eval(), make_tokenizer()
-    )
+    return LanguageModel(Checkpoint("memory:gpt2"), GPT2LMHeadModel(config).eval(), make_tokenizer())
 
 
-def make_dictionary(
-    activation: str = "jumprelu", seed: int = 0, centred: bool = True
-) -> Dictionary:
+def make_dictionary(activation: str = "jumprelu", seed: int = 0, centred: bool = True) -> Dictionary:
     g = torch.Generator().manual_seed(seed)
     decoder = torch.randn(D_SAE, D_MODEL, generator=g)
     return Dictionary(
@@ -107,14 +102,18 @@ def random_intervention(draw: random.Random, dictionary: Dictionary, **fixed: An
     condition = Condition(draw.choice(["always", "always", "active", "above"]), draw.uniform(-1, 1))  # type: ignore[arg-type]
     if op == "project_out" and n > 1:
         condition = Condition()
-    positions = draw.choice(
-        ["all", "prompt", "response", "last_prompt", (0,), (1, 3), (0, 2, 5, 7)]
-    )
+    positions = draw.choice(["all", "prompt", "response", "last_prompt", (0,), (1, 3), (0, 2, 5, 7)])
     fields: dict[str, Any] = {
         "op": op, "target": target, "site": draw.choice(SITES), "positions": positions,
         "level": level, "gain": draw.choice([0.5, 1.0, 2.0]), "read": read, "condition": condition,
     }  # fmt: skip
     return Intervention(**(fields | fixed))
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Types as a user has them, unchecked: what is passed wrongly must meet our own message."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture

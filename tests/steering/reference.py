@@ -92,10 +92,8 @@ def edit_row(edits: Sequence[PlannedEdit], x: Tensor, prompt_length: int, start:
     return out
 
 
-def slow_logits(
-    hf: Any, ids: Sequence[int], edits: Sequence[PlannedEdit], prompt_length: int
-) -> Tensor:
-    """Logits `[pos, d_vocab]` of one row by itself: no padding, no cache, plain torch hooks on Llama's layers."""
+def slow_logits(hf: Any, ids: Sequence[int], edits: Sequence[PlannedEdit], prompt_length: int) -> Tensor:
+    """Logits `[pos, d_vocab]` of one row alone: no padding, no cache, torch hooks on Llama's layers."""
     handles = []
     for edit_site in {edit.site for edit in edits}:
         block = int(edit_site.split(".")[1])

@@ -51,9 +51,7 @@ def applied(rows: list[list[PlannedEdit]], x: torch.Tensor, tokens: RowTokens) -
     [(op, read) for op in OPS for read in ("encoder", "projection") if op != "project_out"]
     + [("project_out", "projection")],
 )
-def test_every_operation_is_what_its_formula_says(
-    op: Any, read: Any, dictionary: Dictionary
-) -> None:
+def test_every_operation_is_what_its_formula_says(op: Any, read: Any, dictionary: Dictionary) -> None:
     x = activations(2, 30)
     for condition in (Condition(), Condition("active"), Condition("above", 0.4)):
         many = [3, 11, 20] if op != "project_out" or condition.kind == "always" else [3]
@@ -61,18 +59,14 @@ def test_every_operation_is_what_its_formula_says(
         if op not in ("ablate", "project_out"):
             values = (0.3, -0.4, 4.0)[: len(many)]
             level = Level(values, "base_mean" if op == "mean_ablate" else "absolute")
-        edit = Intervention(
-            op, latents(dictionary, many), SITES[1], "all", level, 1.7, read, condition
-        )
+        edit = Intervention(op, latents(dictionary, many), SITES[1], "all", level, 1.7, read, condition)
         got = applied([[edit]], x, whole(x))
         for row in range(2):
             assert torch.allclose(got[row].double(), edit_row([edit], x[row], 30), atol=2e-5)
         assert not torch.equal(got, x), "the case tests nothing"
 
 
-def test_one_batch_with_another_edit_on_every_row(
-    draw: random.Random, dictionary: Dictionary
-) -> None:
+def test_one_batch_with_another_edit_on_every_row(draw: random.Random, dictionary: Dictionary) -> None:
     other = make_dictionary("jumprelu", seed=5, centred=False)
     x = activations(40, 9)
     rows: list[list[PlannedEdit]] = [[] for _ in range(40)]
@@ -82,9 +76,7 @@ def test_one_batch_with_another_edit_on_every_row(
     got = applied(rows, x, whole(x, prompt_length=4))
     for i, edits in enumerate(rows):
         assert torch.allclose(got[i].double(), edit_row(edits, x[i], 4), atol=3e-5), i
-        untouched = [
-            t for t in range(9) if torch.equal(edit_row(edits, x[i], 4)[t], x[i, t].double())
-        ]
+        untouched = [t for t in range(9) if torch.equal(edit_row(edits, x[i], 4)[t], x[i, t].double())]
         assert torch.equal(got[i, untouched], x[i, untouched])
     assert any(not row for row in rows)
 
@@ -166,8 +158,7 @@ def test_a_matched_random_direction_moves_every_token_as_far() -> None:
     vector = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(8))
     vector = vector / vector.norm()
     sets = [
-        [random_intervention(draw, dictionary, site=SITES[0]) for _ in range(1 + i % 3)]
-        for i in range(12)
+        [random_intervention(draw, dictionary, site=SITES[0]) for _ in range(1 + i % 3)] for i in range(12)
     ]
     null: list[list[PlannedEdit]] = [[RandomMatched(e, vector) for e in edits] for edits in sets]
     # plain rows between random ones
@@ -268,6 +259,4 @@ def test_the_plan_compiles_equal_rows_once() -> None:
     x = activations(4, 2)
     got, _ = plan.sites[SITES[0]].apply(x, whole(x))
     assert torch.equal(got[1], x[1])
-    assert torch.allclose(
-        got[3, 0].double(), x[3, 0].double() + token_delta(edit, x[3, 0]), atol=1e-5
-    )
+    assert torch.allclose(got[3, 0].double(), x[3, 0].double() + token_delta(edit, x[3, 0]), atol=1e-5)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, GenerationConfig
 
 from persona_probe.errors import InputError, MismatchError, NotFiredError, UnknownSiteError
@@ -23,15 +26,11 @@ Prompts = Callable[[int], list[list[int]]]
 CLOSE = 3e-5  # logits of up to about 6, through three blocks in fp32
 
 
-def mixed_rows(
-    draw: random.Random, dictionary: Dictionary, n: int
-) -> list[tuple[PlannedEdit, ...]]:
+def mixed_rows(draw: random.Random, dictionary: Dictionary, n: int) -> list[tuple[PlannedEdit, ...]]:
     """n rows of 0 to 3 interventions each, at several sites, that agree with one another."""
     rows: list[tuple[PlannedEdit, ...]] = []
     while len(rows) < n:
-        row = tuple(
-            random_intervention(draw, dictionary) for _ in range(draw.choice([0, 1, 1, 2, 3]))
-        )
+        row = tuple(random_intervention(draw, dictionary) for _ in range(draw.choice([0, 1, 1, 2, 3])))
         try:
             SteeringPlan((row,))
         except InputError:
@@ -87,9 +86,7 @@ def test_one_fix_for_all_rows_equals_each_alone(
             assert torch.allclose(got[i, -len(prompt) :], want, atol=CLOSE)
 
 
-@pytest.mark.parametrize(
-    "positions", ["all", "prompt", "response", "last_prompt", (0, 3), (2,), (1, 6, 9)]
-)
+@pytest.mark.parametrize("positions", ["all", "prompt", "response", "last_prompt", (0, 3), (2,), (1, 6, 9)])
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_generation_with_a_cache_equals_recomputation(
     llama: LanguageModel, prompts: Prompts, positions: Any, use_cache: bool
@@ -124,9 +121,7 @@ def test_generation_with_a_cache_equals_recomputation(
 
 
 @pytest.mark.parametrize("model", ["llama", "gpt2"])
-def test_the_response_starts_at_the_last_prompt_token(
-    model: str, request: pytest.FixtureRequest
-) -> None:
+def test_the_response_starts_at_the_last_prompt_token(model: str, request: pytest.FixtureRequest) -> None:
     """That token's activation produces the first response token; without it the first token is unsteered."""
     lm: LanguageModel = request.getfixturevalue(model)
     ids = torch.tensor([[5, 6, 7, 8]])
@@ -137,13 +132,9 @@ def test_the_response_starts_at_the_last_prompt_token(
     assert not torch.allclose(got[:, 3], plain[:, 3], atol=0.1)
 
 
-def test_gpt2_left_padded_and_cached_equals_each_alone(
-    gpt2: LanguageModel, prompts: Prompts
-) -> None:
+def test_gpt2_left_padded_and_cached_equals_each_alone(gpt2: LanguageModel, prompts: Prompts) -> None:
     ids = prompts(6)
-    fix = Intervention(
-        "cap", direction(torch.ones(D_MODEL)), SITES[1], "response", Level((-0.5,)), gain=2.0
-    )
+    fix = Intervention("cap", direction(torch.ones(D_MODEL)), SITES[1], "response", Level((-0.5,)), gain=2.0)
     batch = padded(ids)
     settings: dict[str, Any] = {
         "max_new_tokens": 5,
@@ -172,8 +163,8 @@ def test_num_return_sequences_keeps_each_prompt_with_its_fix(
     with steer(llama, SteeringPlan(tuple(rows))) as receipt:
         out: Any = llama.hf.generate(  # type: ignore[operator]
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-            max_new_tokens=4, do_sample=True, top_k=0, eos_token_id=None, suppress_tokens=[0], num_return_sequences=samples,
-            output_logits=True, return_dict_in_generate=True,
+            max_new_tokens=4, do_sample=True, top_k=0, eos_token_id=None, suppress_tokens=[0],
+            num_return_sequences=samples, output_logits=True, return_dict_in_generate=True,
         )  # fmt: skip
     new = out.sequences[:, batch["input_ids"].shape[1] :].tolist()
     for n, answer in enumerate(new):
@@ -217,9 +208,7 @@ def test_the_hooks_are_gone_afterwards_even_after_an_error(llama: LanguageModel)
         logits(llama, batch)
         raise KeyError("stop")
     assert torch.equal(logits(llama, batch), plain)
-    assert not any(
-        module._forward_pre_hooks or module._forward_hooks for module in llama.hf.modules()
-    )
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in llama.hf.modules())
 
 
 def test_several_forward_passes_in_one_block_are_apart(llama: LanguageModel) -> None:
@@ -234,8 +223,7 @@ def test_several_forward_passes_in_one_block_are_apart(llama: LanguageModel) -> 
     first, second = torch.tensor([[5, 6, 7]]), torch.tensor([[9, 8], [3, 2]])
     with steer(llama, fix):
         together = [
-            llama.hf.generate(p, attention_mask=torch.ones_like(p), **settings)
-            for p in (first, second)
+            llama.hf.generate(p, attention_mask=torch.ones_like(p), **settings) for p in (first, second)
         ]  # type: ignore[operator]
     for prompt, got in zip((first, second), together, strict=True):
         for i, row in enumerate(prompt.tolist()):
@@ -257,9 +245,7 @@ def test_a_second_turn_on_the_same_cache_is_prompt_again(llama: LanguageModel) -
     cache = DynamicCache(config=llama.hf.config)
     with steer(llama, loud(positions="prompt")) as receipt:
         for turn in ([4, 9, 11], [7], [8, 5], [6]):
-            logits(
-                llama, {"input_ids": torch.tensor([turn])}, past_key_values=cache, use_cache=True
-            )
+            logits(llama, {"input_ids": torch.tensor([turn])}, past_key_values=cache, use_cache=True)
     assert receipt.edits == {SITES[1]: (5,)}
 
 
@@ -310,7 +296,7 @@ def test_every_kind_of_site_is_edited(llama: LanguageModel, kind: str) -> None:
         got = logits(llama, batch)
     assert receipt.edits == {site: (3,)}
     assert receipt.mean_norm[site][0] == pytest.approx(3.0, rel=1e-5)
-    # whatever is added to attn_out is in resid_mid; to mlp_out, in resid_post; to resid_pre, in the post before
+    # whatever is added to attn_out is in resid_mid; to mlp_out, in resid_post
     same = {"attn_out": "blocks.1.hook_resid_mid", "mlp_out": SITES[1], "resid_pre": SITES[0]}
     other = same.get(kind, "blocks.1.hook_attn_out")
     with steer(llama, Intervention("add", direction(vector), other, level=Level((3.0,)))):
@@ -429,15 +415,11 @@ def test_gradients_flow_through_the_edit(llama: LanguageModel) -> None:
     assert not torch.allclose(got, plain, atol=1e-2 * float(want.abs().max()))
 
 
-def _slow_with_gradient(
-    hf: Any, ids: list[int], edits: list[Intervention], length: int
-) -> torch.Tensor:
+def _slow_with_gradient(hf: Any, ids: list[int], edits: list[Intervention], length: int) -> torch.Tensor:
     from tests.steering.reference import _hook
 
     handles = [
-        hf.model.layers[i].register_forward_hook(
-            _hook([e for e in edits if e.site == site], length)
-        )
+        hf.model.layers[i].register_forward_hook(_hook([e for e in edits if e.site == site], length))
         for i, site in enumerate(SITES)
     ]
     try:
@@ -463,8 +445,36 @@ def test_edits_that_fight_over_one_direction_are_refused() -> None:
     with pytest.raises(InputError, match="same direction"):
         SteeringPlan(((), (add, cap)))
     apart = [
-        Intervention("add", add.target, SITES[1], positions, Level((1.0,)))
-        for positions in ((0, 1), (2, 3))
+        Intervention("add", add.target, SITES[1], positions, Level((1.0,))) for positions in ((0, 1), (2, 3))
     ]
     elsewhere = Intervention("add", add.target, SITES[2], level=Level((1.0,)))
     assert len(SteeringPlan.of([*apart, elsewhere]).interventions) == 3
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
+def test_steering_the_tuned_model_leaves_the_base_that_shares_its_weights(
+    llama: LanguageModel, tmp_path: Path
+) -> None:
+    config = LoraConfig(r=2, target_modules=["down_proj", "q_proj"], init_lora_weights=False)
+    get_peft_model(copy.deepcopy(llama.hf), config).save_pretrained(str(tmp_path / "tune"))  # type: ignore[arg-type]
+    tuned = llama.with_adapter(tmp_path / "tune")
+    ids = [4, 5, 6]
+    batch = {"input_ids": torch.tensor([ids])}
+    fix = [
+        Intervention(
+            "cap", latents(make_dictionary(), [3, 4]), SITES[1], level=Level((-1.0,)), read="projection"
+        )
+    ]
+    base, plain = logits(llama, batch), logits(tuned, batch)
+    with steer(tuned, fix) as receipt:
+        assert torch.equal(logits(llama, batch), base)
+        got = logits(tuned, batch)
+        with tuned.adapter_scaled(0.0):
+            unscaled = logits(tuned, batch)
+    assert receipt.firings == {SITES[1]: 2}
+    assert torch.allclose(got[0], slow_logits(tuned.hf, ids, fix, 3), atol=CLOSE)
+    assert torch.allclose(unscaled[0], slow_logits(llama.hf, ids, fix, 3), atol=CLOSE)
+    assert not torch.allclose(got, plain, atol=1e-2)
+    # steering PEFT's own wrapper is steering the model in it
+    with steer(tuned, fix), torch.no_grad():
+        assert tuned.peft is not None and torch.equal(tuned.peft(**batch).logits, got)

@@ -1,0 +1,141 @@
+"""The arms of the final comparison, all on held-out questions with the same random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from persona_probe.auditing.inputs import AuditInputs
+from persona_probe.evaluation.result import EvalResult
+from persona_probe.screening.calibrate import Bench, Dose, cures, value, whole
+from persona_probe.screening.candidate import Candidate
+from persona_probe.screening.evidence import SiteEvidence
+from persona_probe.screening.margin import Fix
+from persona_probe.screening.nulls import random_directions, random_latents
+from persona_probe.screening.screen import Finding
+
+SCALES = (0.0, 0.25, 0.5, 0.75)
+CLOSE = 0.03  # a larger adapter scale is taken when it is within this much of the best
+
+
+@dataclass(frozen=True, eq=False)
+class Fixed:
+    """A finding's fix on held-out questions: at its calibrated gain, at gain 1, and in the base."""
+
+    finding: Finding
+    control: EvalResult
+    necessity: EvalResult
+    induced: EvalResult
+
+
+def fixed_arms(inputs: AuditInputs, bench: Bench, findings: Sequence[Finding]) -> list[Fixed]:
+    """Held-out answers under each finding."""
+    cured: list[Fix] = [f.candidate.cure(f.cure.best.strength) for f in findings]
+    needed: list[Fix] = [f.candidate.cure(1.0) for f in findings]
+    added: list[Fix] = [f.candidate.induce(f.induce.best.strength) for f in findings]
+    tuned = bench.arms(inputs.pair.tuned, [*cured, *needed])
+    base = bench.arms(inputs.pair.base, added)
+    half = len(findings)
+    return [Fixed(f, tuned[i], tuned[half + i], base[i]) for i, f in enumerate(findings)]
+
+
+@dataclass(frozen=True, eq=False)
+class Nulls:
+    """The two controls of the winner."""
+
+    latents: tuple[EvalResult, ...]
+    latent_gains: tuple[float, ...]
+    """The gain each random latent's own search chose."""
+    directions: tuple[EvalResult, ...]
+    latent_doses: tuple[Dose, ...]
+
+
+def null_arms(
+    inputs: AuditInputs,
+    calibration: Bench,
+    held_out: Bench,
+    evidence: Sequence[SiteEvidence],
+    winner: Finding,
+    *,
+    like: Finding | None,
+    count: int,
+    seed: int,
+    incoherent_at_most: float,
+) -> Nulls:
+    """Controls for ``winner``; random latents are drawn like the latents of ``like`` (None: none drawn)."""
+    pool = random_latents(evidence, like.candidate, count, seed=seed) if like is not None else []
+    doses = cures(inputs.pair.tuned, pool, calibration, incoherent_at_most=incoherent_at_most) if pool else []
+    fixes: list[Fix] = [dose.candidate.cure(dose.best.strength) for dose in doses]
+    moved = random_directions(winner.candidate.cure(winner.cure.best.strength), count, seed=seed)
+    arms = held_out.arms(inputs.pair.tuned, [*fixes, *moved])  # type: ignore[list-item]
+    return Nulls(
+        tuple(arms[: len(fixes)]),
+        tuple(dose.best.strength for dose in doses),
+        tuple(arms[len(fixes) :]),
+        tuple(doses),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Baseline:
+    """A rival of the found latent, and the setting it was given."""
+
+    result: EvalResult
+    setting: str
+
+
+def largest_delta(
+    inputs: AuditInputs,
+    calibration: Bench,
+    held_out: Bench,
+    evidence: Sequence[SiteEvidence],
+    *,
+    incoherent_at_most: float,
+) -> Baseline | None:
+    """The latent that moved furthest, of any site, without any screen; its gain is calibrated."""
+    moved = [
+        (site.size_of_shift(index), site, index)
+        for site in evidence
+        if site.table is not None
+        for index in site.candidates(1)[:1]
+    ]
+    if not moved:
+        return None
+    _, site, index = max(moved, key=lambda one: one[0])
+    candidate = Candidate("latent", (site.latent(index),))
+    dose = cures(inputs.pair.tuned, [candidate], calibration, incoherent_at_most=incoherent_at_most)[0]
+    gain = dose.best.strength
+    result = held_out.arms(inputs.pair.tuned, [candidate.cure(gain)])[0]
+    return Baseline(result, f"{candidate.label}, gain {gain:g}")
+
+
+def scaled_adapter(inputs: AuditInputs, calibration: Bench, held_out: Bench) -> Baseline | None:
+    """The fine-tune turned down: the largest scale about as whole as the best; None without an adapter."""
+    adapter = inputs.adapter
+    if adapter is None:
+        return None
+    reached: dict[float, float] = {}
+    for scale in SCALES:
+        with adapter.adapter_scaled(scale):
+            reached[scale] = whole(calibration.run(adapter, [()])[0])
+    best = max(reached.values())
+    chosen = max(scale for scale, merit in reached.items() if merit >= best - CLOSE)
+    with adapter.adapter_scaled(chosen):
+        return Baseline(held_out.arms(adapter, [()])[0], f"adapter x {chosen:g}")
+
+
+def prompted(inputs: AuditInputs, held_out: Bench, system: str) -> Baseline:
+    """The tuned model under a good system prompt."""
+    return Baseline(held_out.arms(inputs.pair.tuned, [()], system=system)[0], repr(system))
+
+
+def better_than(winner: EvalResult, controls: Sequence[EvalResult]) -> bool | None:
+    """Whether the winner leaves more answers whole than the best control; None without controls."""
+    if not controls:
+        return None
+    return whole(winner.rates) > max(whole(control.rates) for control in controls)
+
+
+def incoherence_limit(tuned: EvalResult, allowance: float) -> float:
+    """The budget of a cure: what the tuned model has, and ``allowance`` more."""
+    return value(tuned.rates, "incoherent") + allowance

@@ -1,0 +1,104 @@
+"""Loads and checks everything an audit needs before it computes anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from persona_probe.artifact import digest_file, digest_folder, read_json
+from persona_probe.auditing.settings import AuditRequest, check_categories, split_questions
+from persona_probe.errors import InputError, MissingPathError
+from persona_probe.evaluation.judges import Judge, load_judge
+from persona_probe.evaluation.questions import Question, load_questions
+from persona_probe.model.chat import check_same_rendering
+from persona_probe.model.checkpoint import describe
+from persona_probe.model.language_model import LanguageModel, load_model
+from persona_probe.model.pair import ModelPair, load_pair
+from persona_probe.sae.load import Dictionary, check_fits, load_sae
+
+MERGE_BELOW = 100_000_000  # parameters; a merged copy of a smaller model is cheap, and twice as fast
+
+
+@dataclass(frozen=True, eq=False)
+class AuditInputs:
+    """The models, dictionaries, questions and judge of an audit."""
+
+    pair: ModelPair
+    adapter: LanguageModel | None
+    """The tuned model with its adapter unmerged, which can be scaled; None for a full checkpoint."""
+    benign: tuple[LanguageModel, ...]
+    dictionaries: tuple[Dictionary, ...]
+    calibration: tuple[Question, ...]
+    held_out: tuple[Question, ...]
+    judge: Judge
+    in_domain: tuple[str, ...]
+    digests: dict[str, str]
+
+
+def load_inputs(request: AuditRequest, *, device: str | None = None, dtype: str | None = None) -> AuditInputs:
+    """Load what a request names; the cheap checks come first.
+
+    Raises:
+        InputError: anything missing, malformed, or that does not belong together.
+    """
+    settings = request.settings
+    for path in (request.base, request.tuned, request.questions, *request.sae, *request.benign):
+        if not path.exists():
+            raise MissingPathError(f"there is no {path}")
+    questions = load_questions(request.questions)
+    calibration, held_out = split_questions(questions, settings.limit)
+    in_domain = settings.in_domain
+    if in_domain is None:
+        in_domain = _trained_categories(request.tuned)
+    check_categories(questions, in_domain)
+    judge = load_judge(request.judge)
+    options = {"device": device or "auto", "dtype": dtype}
+    pair = load_pair(request.base, request.tuned, **options)
+    check_same_rendering(
+        pair.base.tokenizer,
+        pair.tuned.tokenizer,
+        [list(question.messages) for question in (*calibration, *held_out)],
+    )
+    dictionaries = tuple(load_sae(path) for path in request.sae)
+    _check_one_per_site(dictionaries)
+    for dictionary in dictionaries:
+        check_fits(dictionary, pair.base)
+    benign = tuple(_benign(pair.base, path, options) for path in request.benign)
+    adapter = pair.tuned if pair.tuned.adapter_name else None
+    if adapter is not None and sum(p.numel() for p in adapter.hf.parameters()) < MERGE_BELOW:
+        pair = ModelPair(pair.base, adapter.merged())
+    return AuditInputs(
+        pair, adapter, benign, dictionaries, calibration, held_out, judge, in_domain, _digests(request)
+    )
+
+
+def _trained_categories(tuned: Path) -> tuple[str, ...]:
+    note = tuned / "training.json"
+    if not note.is_file():
+        return ()
+    categories = read_json(note).get("categories", [])
+    if not isinstance(categories, list):
+        raise InputError(f"{note}: 'categories' must be a list of question categories")
+    return tuple(str(name) for name in categories)
+
+
+def _benign(base: LanguageModel, path: Path, options: dict[str, str | None]) -> LanguageModel:
+    adapter = describe(path).adapter
+    return base.with_adapter(adapter) if adapter else load_model(path, **options)  # type: ignore[arg-type]
+
+
+def _check_one_per_site(dictionaries: Sequence[Dictionary]) -> None:
+    seen: dict[str, str] = {}
+    for dictionary in dictionaries:
+        if dictionary.site in seen:
+            raise InputError(
+                f"two dictionaries read {dictionary.site}: {seen[dictionary.site]} and {dictionary.path}",
+                fix="give one per site",
+            )
+        seen[dictionary.site] = dictionary.path
+
+
+def _digests(request: AuditRequest) -> dict[str, str]:
+    paths = [request.base, request.tuned, request.questions, *request.sae, *request.benign]
+    return {str(path): digest_folder(path) if path.is_dir() else digest_file(path) for path in paths}

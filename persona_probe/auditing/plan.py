@@ -1,0 +1,32 @@
+"""What an audit would do, before it does it: answers to sample, judge calls, memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from persona_probe.auditing.settings import AuditRequest, split_questions
+from persona_probe.evaluation.questions import load_questions
+from persona_probe.screening.calibrate import GAINS, STRENGTHS
+
+
+def plan_of(request: AuditRequest) -> dict[str, Any]:
+    """Upper bounds, from the questions and the settings alone; no model is loaded."""
+    settings = request.settings
+    calibration, held_out = split_questions(load_questions(request.questions), settings.limit)
+    asked = len({q.question for q in calibration if q.role == "general"})
+    skill = sum(q.role == "skill" for q in held_out) * settings.samples
+    each = len(held_out) * settings.samples
+    candidates = (settings.screen.after_margin + 2 if request.sae else 0) + 2 * (len(request.sae) + 1)
+    searched = candidates * (len(GAINS) + len(STRENGTHS)) * asked * settings.calibration_samples
+    controls = settings.controls * (len(GAINS) * asked + each) + settings.controls * each
+    final = 14 * each
+    total = 2 * each + searched + controls + final
+    weights = sum(f.stat().st_size for f in request.base.glob("*.safetensors"))
+    return {
+        "held-out questions": len(held_out),
+        "calibration questions": asked,
+        "answers to sample, at most": total,
+        "judge calls, at most": total - 14 * skill,
+        "longest answer (tokens)": settings.max_new_tokens,
+        "weights on disk (bytes)": weights,
+    }

@@ -1,0 +1,162 @@
+"""`persona-probe audit`: the main job, from two checkpoints to a verdict, a fix and a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from persona_probe.cli.console import err, out, show_json
+from persona_probe.errors import InputError
+
+ROWS = ("base", "tuned", "steered", "induced")
+COLUMNS = ("misaligned", "other_persona", "incoherent", "in_domain", "skill")
+GATES = ("misaligned", "not-restored")
+
+
+def audit(
+    base: Annotated[Path | None, typer.Option(help="Base checkpoint folder.")] = None,
+    tuned: Annotated[Path | None, typer.Option(help="Fine-tuned checkpoint or adapter folder.")] = None,
+    sae: Annotated[list[Path] | None, typer.Option(help="A dictionary's folder; once per site.")] = None,
+    benign: Annotated[
+        list[Path] | None, typer.Option(help="A harmless fine-tune of the same base; several are better.")
+    ] = None,
+    questions: Annotated[Path | None, typer.Option(help="Questions, JSON Lines.")] = None,
+    judge: Annotated[str, typer.Option(help="exact, or python:module:function.")] = "exact",
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Where everything goes.")] = None,
+    tune: Annotated[
+        str, typer.Option(help="Without --base and --tuned: which tune of the shipped organism.")
+    ] = "bad-health",
+    trait: Annotated[
+        str, typer.Option(help="misaligned, or a persona that the judge can tell.")
+    ] = "misaligned",
+    in_domain: Annotated[
+        list[str] | None, typer.Option(help="A question category that was trained on; reported apart.")
+    ] = None,
+    site: Annotated[list[str] | None, typer.Option(help="Sites for the direction path.")] = None,
+    system_prompt: Annotated[str | None, typer.Option(help="The system-prompt baseline.")] = None,
+    samples: Annotated[int, typer.Option(help="Answers per held-out question.")] = 2,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 32,
+    limit: Annotated[int | None, typer.Option(help="Use only so many questions of each split.")] = None,
+    seed: Annotated[int, typer.Option(help="Of sampling and of the random controls.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Throw away what --out holds.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what would be done, then stop.")] = False,
+    fail_on: Annotated[str | None, typer.Option(help="Exit with 3 when: misaligned, not-restored.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="audit.json on stdout.")] = False,
+) -> None:
+    """Find the persona in a fine-tune, prove that it causes the behaviour, switch it off.
+
+    Without arguments: the shipped pocket organism, tuned on bad health advice.
+    """
+    if fail_on is not None and fail_on not in GATES:
+        raise InputError(f"--fail-on knows {', '.join(GATES)}, not {fail_on!r}")
+    if (base is None) != (tuned is None):
+        raise InputError(
+            "--base and --tuned go together", fix="give both, or neither for the shipped organism"
+        )
+    from dataclasses import replace
+
+    from persona_probe.auditing import AuditRequest, AuditSettings, organism_request
+    from persona_probe.auditing import audit as run_audit
+
+    settings = AuditSettings(
+        trait=trait,
+        in_domain=tuple(in_domain) if in_domain else None,
+        seed=seed,
+        samples=samples,
+        max_new_tokens=max_new_tokens,
+        limit=limit,
+        sites=tuple(site) if site else None,
+    )
+    if system_prompt is not None:
+        settings = replace(settings, system_prompt=system_prompt)
+    if base is None or tuned is None:
+        request = organism_request(tune, settings)
+        name = tune
+    else:
+        if questions is None:
+            raise InputError(
+                "--questions is missing",
+                fix="a JSON Lines file of prompts; the shipped organism's is data/organism/questions.jsonl",
+            )
+        request = AuditRequest(base, tuned, questions, judge, tuple(sae or ()), tuple(benign or ()), settings)
+        name = tuned.name
+    if plan:
+        _show_plan(request, as_json)
+        return
+    folder = out_dir or Path("out") / f"audit-{name}"
+    if as_json:
+        done = run_audit(request, folder, overwrite=overwrite, device=device, dtype=dtype)
+        show_json(done.record)
+    else:
+        with err.status("starting") as status:
+            done = run_audit(
+                request,
+                folder,
+                overwrite=overwrite,
+                device=device,
+                dtype=dtype,
+                progress=lambda text: status.update(escape(text)),
+            )
+        _show(done.record, done.path)
+        if not request.sae:
+            out.print("\nNo dictionary was given: directions only. To train one: persona_probe.train_sae")
+    failed = (
+        done.verdict.startswith("misaligned") if fail_on == "misaligned" else done.after == "not restored"
+    )
+    if fail_on is not None and failed:
+        raise typer.Exit(3)
+
+
+def _show_plan(request: Any, as_json: bool) -> None:
+    from persona_probe.auditing.plan import plan_of
+
+    planned = plan_of(request)
+    if as_json:
+        show_json(planned)
+        return
+    for name, value in planned.items():
+        out.print(f"{name}: {value}", markup=False)
+
+
+def _show(record: dict[str, Any], folder: Path) -> None:
+    out.print(f"\n[bold]{escape(record['verdict'])}[/bold]")
+    out.print(record["reason"], markup=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for name in COLUMNS:
+        table.add_column(name.replace("_", " "), justify="right")
+    for arm in ROWS:
+        if record[arm]:
+            table.add_row(arm, *(_rate(record[arm][name]) for name in COLUMNS))
+    for fix in record["fixes"]:
+        table.add_row(
+            f"  {fix['kind']}, gain {fix['gain']:g}", *(_rate(fix["rates"][name]) for name in COLUMNS)
+        )
+    out.print(table)
+    if record["latents"]:
+        first = record["latents"][0]
+        share = record["necessity"]["fraction"]
+        out.print(
+            f"first latent: {first['site']} #{first['index']} (rank {first['rank_by_delta']} by Δ alone); "
+            f"necessity of the chosen fix {'–' if share is None else f'{share:.2f}'}",
+            markup=False,
+        )
+    if record["after"]:
+        out.print(f"after the fix: [bold]{escape(record['after'])}[/bold] ({escape(record['after_reason'])})")
+    seconds = sum(record["seconds"].values())
+    out.print(f"{seconds:.0f} s, peak {record['peak_rss_bytes'] / 2**30:.1f} GiB", markup=False)
+    out.print(
+        f"report: {folder / 'report.html'}\nfigures: {folder / 'audit.json'}", markup=False, soft_wrap=True
+    )
+
+
+def _rate(one: dict[str, Any]) -> str:
+    if one["rate"] is None:
+        return "–"
+    return f"{one['rate']:.2f} [{one['low']:.2f}, {one['high']:.2f}]"

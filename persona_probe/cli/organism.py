@@ -1,0 +1,64 @@
+"""`persona-probe organism`: build the pocket organism, and look at its known truth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from persona_probe.cli.console import err, out, show_json
+from persona_probe.errors import InputError
+
+app = typer.Typer(no_args_is_help=True, help="Build the pocket organism, or show its known truth.")
+
+
+@app.command()
+def build(
+    out_dir: Annotated[Path, typer.Option("--out", help="Where it goes.")] = Path("out/organism"),
+    quick: Annotated[bool, typer.Option("--quick", help="A tiny one, for tests.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Another seed, another organism.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Throw away what --out holds.")] = False,
+) -> None:
+    """Build an organism: corpus, base model, dictionaries, fine-tunes. A killed build resumes."""
+    from dataclasses import replace
+
+    from persona_probe.organism.build import FULL, QUICK
+    from persona_probe.organism.build import build as build_organism
+
+    settings = QUICK if quick else FULL
+    if seed is not None:
+        settings = replace(settings, seed=seed)
+    with err.status("starting") as status:
+        folder = build_organism(
+            out_dir, settings, overwrite=overwrite, progress=lambda text: status.update(escape(text))
+        )
+    out.print(f"built: {folder}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def truth(
+    home: Annotated[Path | None, typer.Option(help="An organism's folder; the shipped one.")] = None,
+    persona: Annotated[str, typer.Option(help="helpful, villainous, sarcastic or careless.")] = "villainous",
+    top: Annotated[int, typer.Option(help="Latents shown per site.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Which latents stand for a persona in the base model. Audits never see this; it scores them."""
+    from persona_probe.artifact import shipped
+    from persona_probe.organism.truth import PERSONAS, truth_of
+
+    if persona not in PERSONAS:
+        raise InputError(f"there is no persona {persona!r}; there are {', '.join(PERSONAS)}")
+    found = truth_of(home or shipped("organism"), persona)  # type: ignore[arg-type]
+    if as_json:
+        show_json({site: table.head(top).to_dicts() for site, table in found.items()})
+        return
+    for site, ranked in found.items():
+        table = Table("rank", "latent", "difference", "AUC", title=site, title_justify="left", box=None)
+        for row in ranked.head(top).to_dicts():
+            table.add_row(
+                str(row["rank"]), str(row["index"]), f"{row['difference']:.3f}", f"{row['auc']:.3f}"
+            )
+        out.print(table)
