@@ -36,6 +36,7 @@ from persona_probe.artifact import (
     shipped,
     versions,
     write_json,
+    write_jsonl,
     write_manifest,
     write_text,
 )
@@ -251,6 +252,18 @@ def test_jsonl_names_the_line(tmp_path: Path) -> None:
 def test_jsonl_keeps_characters_that_only_look_like_line_ends(tmp_path: Path) -> None:
     rows = [{"text": "a\u2028b\x85c\r\nd"}, {"text": "last"}]
     append_jsonl(tmp_path / "a.jsonl", rows)
+    assert read_jsonl(tmp_path / "a.jsonl") == rows
+
+
+def test_jsonl_written_whole_is_what_is_appended(tmp_path: Path) -> None:
+    rows = [{"a": 1}, {"b": None}]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    append_jsonl(tmp_path / "b.jsonl", rows[:1])
+    append_jsonl(tmp_path / "b.jsonl", rows[1:])
+    assert read_jsonl(tmp_path / "a.jsonl") == rows
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+    with pytest.raises(TypeError):
+        write_jsonl(tmp_path / "a.jsonl", [{"a": 2}, object()])
     assert read_jsonl(tmp_path / "a.jsonl") == rows
 
 

@@ -81,8 +81,7 @@ def sinks(
     attention_mask: Int[Tensor, "*batch pos"] | Bool[Tensor, "*batch pos"] | None = None,
     factor: float = 10.0,
 ) -> Bool[Tensor, "*batch pos"]:
-    """Tokens whose norm is more than `factor` times the median over their own document, padding
-    aside.
+    """Tokens whose norm is more than `factor` times the median over their own document, padding aside.
 
     Measured on the base model, and applied to every model that is compared with it.
     """

@@ -1,5 +1,4 @@
-"""Activations of one or several models on the same token ids, batch after batch, never all in
-memory.
+"""Activations of one or several models on the same token ids, batch after batch, never all in memory.
 
 Conversations are sorted by length, so that little is padded; which of them share a batch depends on
 the data and `batch_tokens` alone. The forward pass ends behind the deepest site.

@@ -30,9 +30,9 @@ class Fixed:
 
 def fixed_arms(inputs: AuditInputs, bench: Bench, findings: Sequence[Finding]) -> list[Fixed]:
     """Held-out answers under each finding."""
-    cured: list[Fix] = [f.candidate.cure(f.cure.best.strength) for f in findings]
+    cured: list[Fix] = [f.candidate.cure(*f.cure.best.knob) for f in findings]
     needed: list[Fix] = [f.candidate.cure(1.0) for f in findings]
-    added: list[Fix] = [f.candidate.induce(f.induce.best.strength) for f in findings]
+    added: list[Fix] = [f.candidate.induce(*f.induce.best.knob) for f in findings]
     tuned = bench.arms(inputs.pair.tuned, [*cured, *needed])
     base = bench.arms(inputs.pair.base, added)
     half = len(findings)
@@ -44,8 +44,6 @@ class Nulls:
     """The two controls of the winner."""
 
     latents: tuple[EvalResult, ...]
-    latent_gains: tuple[float, ...]
-    """The gain each random latent's own search chose."""
     directions: tuple[EvalResult, ...]
     latent_doses: tuple[Dose, ...]
 
@@ -65,12 +63,11 @@ def null_arms(
     """Controls for ``winner``; random latents are drawn like the latents of ``like`` (None: none drawn)."""
     pool = random_latents(evidence, like.candidate, count, seed=seed) if like is not None else []
     doses = cures(inputs.pair.tuned, pool, calibration, incoherent_at_most=incoherent_at_most) if pool else []
-    fixes: list[Fix] = [dose.candidate.cure(dose.best.strength) for dose in doses]
-    moved = random_directions(winner.candidate.cure(winner.cure.best.strength), count, seed=seed)
+    fixes: list[Fix] = [dose.candidate.cure(*dose.best.knob) for dose in doses]
+    moved = random_directions(winner.candidate.cure(*winner.cure.best.knob), count, seed=seed)
     arms = held_out.arms(inputs.pair.tuned, [*fixes, *moved])  # type: ignore[list-item]
     return Nulls(
         tuple(arms[: len(fixes)]),
-        tuple(dose.best.strength for dose in doses),
         tuple(arms[len(fixes) :]),
         tuple(doses),
     )
@@ -104,9 +101,9 @@ def largest_delta(
     _, site, index = max(moved, key=lambda one: one[0])
     candidate = Candidate("latent", (site.latent(index),))
     dose = cures(inputs.pair.tuned, [candidate], calibration, incoherent_at_most=incoherent_at_most)[0]
-    gain = dose.best.strength
-    result = held_out.arms(inputs.pair.tuned, [candidate.cure(gain)])[0]
-    return Baseline(result, f"{candidate.label}, gain {gain:g}")
+    knob = dose.best.knob
+    result = held_out.arms(inputs.pair.tuned, [candidate.cure(*knob)])[0]
+    return Baseline(result, f"{candidate.label}, gain {knob.strength:g}, {knob.positions} tokens")
 
 
 def scaled_adapter(inputs: AuditInputs, calibration: Bench, held_out: Bench) -> Baseline | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from persona_probe.auditing.settings import AuditRequest, split_questions
 from persona_probe.evaluation.questions import load_questions
-from persona_probe.screening.calibrate import GAINS, STRENGTHS
+from persona_probe.screening.calibrate import CURES, INDUCTIONS
 
 
 def plan_of(request: AuditRequest) -> dict[str, Any]:
@@ -16,9 +16,9 @@ def plan_of(request: AuditRequest) -> dict[str, Any]:
     asked = len({q.question for q in calibration if q.role == "general"})
     skill = sum(q.role == "skill" for q in held_out) * settings.samples
     each = len(held_out) * settings.samples
-    candidates = (settings.screen.after_margin + 2 if request.sae else 0) + 2 * (len(request.sae) + 1)
-    searched = candidates * (len(GAINS) + len(STRENGTHS)) * asked * settings.calibration_samples
-    controls = settings.controls * (len(GAINS) * asked + each) + settings.controls * each
+    candidates = (settings.screen.after_margin + 2 if request.sae else 0) + 2 * settings.screen.directions
+    searched = candidates * (len(CURES) + len(INDUCTIONS)) * asked * settings.calibration_samples
+    controls = settings.controls * (len(CURES) * asked + each) + settings.controls * each
     final = 14 * each
     total = 2 * each + searched + controls + final
     weights = sum(f.stat().st_size for f in request.base.glob("*.safetensors"))

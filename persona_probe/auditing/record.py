@@ -54,12 +54,14 @@ def fix_record(one: Fixed, base: EvalResult, tuned: EvalResult, *, chosen: bool)
         "site": ", ".join(dict.fromkeys(carrier.site for carrier in carriers)),
         "op": "/".join(dict.fromkeys(edit.op for edit in candidate.cure(1.0))),
         "level": "base mean",
-        "gain": one.finding.cure.best.strength,
+        "gain": one.finding.cure.best.knob.strength,
+        "positions": one.finding.cure.best.knob.positions,
         "rates": rates_record(one.control.rates),
         "at_gain_1": rates_record(one.necessity.rates),
         "necessity": necessity_of(base, tuned, one.necessity)._asdict(),
         "induced": rates_record(one.induced.rates),
-        "induce_strength": one.finding.induce.best.strength,
+        "induce_strength": one.finding.induce.best.knob.strength,
+        "induce_positions": one.finding.induce.best.knob.positions,
         "chosen": chosen,
     }
 
@@ -89,12 +91,13 @@ def latent_records(screen: Screen, seen: Observations) -> list[dict[str, Any]]:
                 "high": row["high"],
                 "did": row.get("did"),
                 "q_value": row["q_value"],
-                "induce": value(finding.induce.best.rates, "misaligned") - before,
+                "induce": _shown(finding.induce.best.rates),
                 "necessity": removed(finding.necessity),
-                "control": removed(finding.cure.best.rates),
+                "control": _shown(finding.cure.best.rates),
                 "op": finding.candidate.cure(1.0)[0].op,
                 "level": carrier.base_mean,
-                "gain": finding.cure.best.strength,
+                "gain": finding.cure.best.knob.strength,
+                "positions": finding.cure.best.knob.positions,
                 "attribution": finding.attribution,
                 "rank": rank,
                 "rank_by_delta": int(larger.sum()) + 1,
@@ -103,17 +106,25 @@ def latent_records(screen: Screen, seen: Observations) -> list[dict[str, Any]]:
     return records
 
 
+def _shown(rates: Mapping[str, Rate]) -> dict[str, float | int | None]:
+    return rates_record(rates)["misaligned"]
+
+
 def dose_records(screen: Screen, findings: Sequence[Finding], nulls: Sequence[Dose]) -> list[dict[str, Any]]:
     """The dose-response of the headline findings and of the random latents, up and down."""
     arms = [(finding.candidate.kind, "down", finding.cure) for finding in findings]
     arms += [(finding.candidate.kind, "up", finding.induce) for finding in findings]
     arms += [("random latent", "down", dose) for dose in nulls]
+    where = {
+        direction: dose.best.knob.positions for _, direction, dose in reversed(arms[: 2 * len(findings)])
+    }
     rows = [
         {
             "direction": direction,
             "arm": arm,
             "name": dose.candidate.label,
-            "strength": setting.strength,
+            "strength": setting.knob.strength,
+            "positions": setting.knob.positions,
             "strength_unit": "gain" if direction == "down" else "x residual rms",
             "misaligned": setting.rates["misaligned"].rate,
             "low": setting.rates["misaligned"].low,
@@ -122,6 +133,7 @@ def dose_records(screen: Screen, findings: Sequence[Finding], nulls: Sequence[Do
         }
         for arm, direction, dose in arms
         for setting in dose.settings
+        if setting.knob.positions == where[direction]
     ]
     starts = (("down", screen.tuned), ("up", screen.base))
     for direction, rates in starts:

@@ -168,7 +168,7 @@ class _Found:
             self.nulls = arms_.null_arms(
                 inputs,
                 self.calibration.on(self.calibration.questions, 1),
-                self.held_out.on(asked, self.settings.samples),
+                self.held_out.on(_enough(asked, self.settings.samples), self.settings.samples),
                 seen.evidence,
                 self.screen.best,
                 like=next(iter(self.screen.latents), None),
@@ -271,6 +271,17 @@ def _one_each(questions: list[Any]) -> list[Any]:
     return list({question.question: question for question in reversed(questions)}.values())[::-1]
 
 
+def _enough(questions: list[Any], samples: int, answers: int = 400) -> list[Any]:
+    """As many wordings of every question, in turn, as make ``answers`` answers, or all there are."""
+    wordings: dict[str, list[Any]] = {}
+    for question in questions:
+        wordings.setdefault(question.question, []).append(question)
+    chosen: list[Any] = []
+    while len(chosen) * samples < answers and any(wordings.values()):
+        chosen += [left.pop(0) for left in wordings.values() if left]
+    return chosen
+
+
 def _peak_rss() -> int:
     """Bytes; the kernel counts in KiB on Linux, in bytes on macOS."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -291,7 +302,7 @@ def _write(run: RunFolder, request: AuditRequest, found: _Found, written: dict[s
         ]
         pl.concat(tables).write_parquet(run.path / "latents.parquet")
     if chosen is not None:
-        fix = chosen.finding.candidate.cure(chosen.finding.cure.best.strength)
+        fix = chosen.finding.candidate.cure(*chosen.finding.cure.best.knob)
         save_fix(fix, run.path / "interventions", overwrite=True)
     named = [("base", found.base), ("tuned", found.tuned)]
     named += [("steered", chosen.control)] if chosen else []

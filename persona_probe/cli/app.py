@@ -8,7 +8,6 @@ module of its name; a module here imports nothing heavy at its top, so that `--h
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 from importlib import metadata
 from typing import Annotated, Any
@@ -72,10 +71,6 @@ def _callback(
     """
 
 
-def _is_there(name: str) -> bool:
-    return importlib.util.find_spec(f"persona_probe.cli.{name}") is not None
-
-
 def _build() -> typer.Typer:
     root = typer.Typer(
         cls=_Root,
@@ -85,10 +80,10 @@ def _build() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     root.callback()(_callback)
-    for name in filter(_is_there, _COMMANDS):
+    for name in _COMMANDS:
         module = importlib.import_module(f"persona_probe.cli.{name}")
         root.command(name)(getattr(module, name))
-    for name in filter(_is_there, _GROUPS):
+    for name in _GROUPS:
         module = importlib.import_module(f"persona_probe.cli.{name}")
         root.add_typer(module.app, name=name)
     return root

@@ -46,6 +46,8 @@ def truth(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Which latents stand for a persona in the base model. Audits never see this; it scores them."""
+    import polars as pl
+
     from persona_probe.artifact import shipped
     from persona_probe.organism.truth import PERSONAS, truth_of
 
@@ -56,9 +58,36 @@ def truth(
         show_json({site: table.head(top).to_dicts() for site, table in found.items()})
         return
     for site, ranked in found.items():
-        table = Table("rank", "latent", "difference", "AUC", title=site, title_justify="left", box=None)
-        for row in ranked.head(top).to_dicts():
-            table.add_row(
-                str(row["rank"]), str(row["index"]), f"{row['difference']:.3f}", f"{row['auc']:.3f}"
-            )
+        columns = ("latent", "answers: rank", "difference", "AUC", "deciding: rank", "difference", "AUC")
+        table = Table(*columns, title=site, title_justify="left", box=None)
+        first = ranked.filter((pl.col("rank") <= top) | (pl.col("deciding_rank") <= top))
+        for row in first.to_dicts():
+            numbers = [
+                f"{row[start + name]:.3f}" if name != "rank" else str(row[start + name])
+                for start in ("", "deciding_")
+                for name in ("rank", "difference", "auc")
+            ]
+            table.add_row(str(row["index"]), *numbers)
         out.print(table)
+
+
+@app.command()
+def card(
+    home: Annotated[Path | None, typer.Option(help="An organism's folder; the shipped one.")] = None,
+    out_dir: Annotated[Path, typer.Option("--out", help="Where the audits go.")] = Path("out/card"),
+    beside: Annotated[
+        list[Path] | None, typer.Option(help="A card.json of another organism, to be shown below.")
+    ] = None,
+) -> None:
+    """Audit every tune of an organism and write its card: card.json and README.md."""
+    from persona_probe.artifact import read_json, shipped, write_text
+    from persona_probe.auditing.card import card as audit_all
+    from persona_probe.auditing.card_text import card_text
+
+    with err.status("starting") as status:
+        made = audit_all(
+            home or shipped("organism"), out_dir, progress=lambda text: status.update(escape(text))
+        )
+    text = card_text([made, *(read_json(path) for path in beside or [])])
+    write_text(out_dir / "README.md", text)
+    out.print(f"card: {out_dir / 'README.md'}", markup=False, soft_wrap=True)

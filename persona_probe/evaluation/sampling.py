@@ -12,6 +12,7 @@ rounding error and so, about once in a million tokens, a draw.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -148,13 +149,16 @@ def transcripts(lm: LanguageModel, answers: Sequence[Answer], *, system: str | N
     return [_prompt(lm, answer.question, system).answered(answer.token_ids) for answer in answers]
 
 
+@functools.lru_cache(maxsize=1 << 14)  # an audit draws the same answers in dozens of arms
 def uniforms(seed: int, question_id: str, sample: int, n: int) -> Float[np.ndarray, " n"]:
     """The n numbers in [0, 1) that draw the answer: Philox, keyed by a hash of the first three
     arguments.
     """
     key = hashlib.blake2b(f"{seed}\0{question_id}\0{sample}".encode(), digest_size=16).digest()
     drawn = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).random(n)
-    return np.minimum(drawn, 1 - 2.0**-32)  # so that no rounding can push it up to 1
+    drawn = np.minimum(drawn, 1 - 2.0**-32)  # so that no rounding can push it up to 1
+    drawn.setflags(write=False)
+    return drawn
 
 
 def draw(

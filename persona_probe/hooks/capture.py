@@ -40,8 +40,7 @@ class Captured:
         """How often each site was read."""
 
     def run(self, forward: Callable[[], T]) -> T | None:
-        """Call `forward`, stop it behind the deepest site (unless told not to), and drop what was
-        read before.
+        """Call `forward`, stop it behind the deepest site if allowed to, and drop what was read before.
 
         Returns what `forward` returns, or None where it was stopped.
         Raises `NotFiredError` when a site was never reached.
@@ -129,9 +128,7 @@ def _attach(captured: Captured, block: nn.Module, layout: Layout, site: Site, la
 
 
 def _offloads(hf_model: nn.Module) -> bool:
-    """Whether accelerate moves weights in and out around each module; a pass cut short would leave
-    them in.
-    """
+    """Whether accelerate moves weights in and out around modules; a pass cut short would leave them in."""
     placed: Mapping[str, Any] = getattr(causal_lm(hf_model), "hf_device_map", None) or {}
     devices = {str(device) for device in placed.values()}
     return "disk" in devices or ("cpu" in devices and len(devices) > 1)

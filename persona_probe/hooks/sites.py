@@ -61,9 +61,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where an architecture keeps the tensors; paths are relative to one block, None where there is
-    no such.
-    """
+    """Where an architecture keeps the tensors; paths are relative to a block, None where there is none."""
 
     blocks: str
     """Path of the list of blocks in the causal language model."""
@@ -97,9 +95,7 @@ _LAYOUTS = {
 
 
 def resid_post(block: int) -> str:
-    """The name of the residual stream on leaving a block: `resid_post(3)` is
-    `"blocks.3.hook_resid_post"`.
-    """
+    """The name of the residual stream on leaving a block: `resid_post(3)` is `"blocks.3.hook_resid_post"`."""
     return f"blocks.{block}.hook_resid_post"
 
 
@@ -155,8 +151,7 @@ def causal_lm(hf_model: nn.Module) -> nn.Module:
 
 
 def layout_of(hf_model: nn.Module) -> Layout:
-    """The layout of the model's blocks: from the table of tested families, else TransformerLens's
-    adapter.
+    """The layout of the model's blocks: from the table of tested families, else TransformerLens's adapter.
 
     Raises `InputError` for an architecture that neither knows.
     """

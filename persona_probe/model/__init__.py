@@ -1,6 +1,4 @@
-"""What is probed: checkpoints, language models that share weights, pairs of them, and chat
-formatting.
-"""
+"""What is probed: checkpoints, language models that share weights, pairs of them, and chat formatting."""
 
 from persona_probe.model.chat import (
     Message,

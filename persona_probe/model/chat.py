@@ -31,9 +31,7 @@ class Rendered:
     response: tuple[bool, ...]
     """Per token: written by the assistant, in any turn, the end-of-turn token included."""
     prompt_length: int
-    """Tokens before the final assistant turn; all of them where the conversation waits for an
-    answer.
-    """
+    """Tokens before the final assistant turn; all of them where the conversation waits for an answer."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -115,8 +113,7 @@ def render_all(
 
 
 def render_text(tokenizer: PreTrainedTokenizerBase, text: str, answer: str = "") -> Rendered:
-    """Plain text, for models without a chat format: the prompt `text` and, directly behind it,
-    `answer`.
+    """Plain text, for models without a chat format: the prompt `text` and, directly behind it, `answer`.
 
     Special tokens are those the tokenizer adds by itself at the beginning; one that it adds at the
     end is dropped. A token that straddles the boundary is the answer's. An empty prompt becomes the
@@ -144,8 +141,7 @@ def check_same_rendering(
     tuned: PreTrainedTokenizerBase,
     conversations: Sequence[Sequence[Message]],
 ) -> None:
-    """Check that two tokenizers (with their templates) turn every conversation into the same token
-    ids.
+    """Check that two tokenizers (with their templates) turn every conversation into the same token ids.
 
     Raises `MismatchError` that shows the first difference.
     """

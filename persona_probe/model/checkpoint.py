@@ -1,6 +1,4 @@
-"""Which files a model comes from: a Hugging Face checkpoint or a PEFT adapter, told apart by what
-is in the folder.
-"""
+"""Which files a model comes from: a full checkpoint or a PEFT adapter, told apart by what is there."""
 
 from __future__ import annotations
 
@@ -24,9 +22,7 @@ class Checkpoint:
     """Where a model's weights come from."""
 
     path: str
-    """Folder or hub id of the full weights; `memory:<class>` for a model that was handed over in
-    memory.
-    """
+    """Folder or hub id of the full weights; `memory:<class>` for a model that was handed over in memory."""
     revision: str | None = None
     """Revision on the hub, None for a folder."""
     adapter: str | None = None
@@ -34,9 +30,7 @@ class Checkpoint:
 
     @cached_property
     def digest(self) -> str:
-        """`"sha256:..."` of the files, computed when first asked for; of the names where there are
-        no files.
-        """
+        """`"sha256:..."` of the files, computed when first asked for; of the names where there are none."""
         parts = [self.path, self.adapter]
         if not any(part is not None and Path(part).is_dir() for part in parts):
             return digest_of([self.path, self.revision, self.adapter])
@@ -69,8 +63,7 @@ def has_tokenizer(path: str | Path) -> bool:
 
 
 def describe(source: str | Path, revision: str | None = None) -> Checkpoint:
-    """What lies at `source`: a checkpoint folder, an adapter folder (with its base) or, failing
-    both, a hub id.
+    """What lies at `source`: a checkpoint folder, an adapter folder (with its base), or else a hub id.
 
     Touches no network. Raises `MissingPathError` for a folder that is not there and `InputError`,
     naming what is missing, for one that is empty or holds no whole checkpoint.

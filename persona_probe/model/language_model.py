@@ -8,7 +8,7 @@ always passed: with left padding and without them GPT-2 is far off, and no model
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -46,9 +46,7 @@ class LanguageModel:
     checkpoint: Checkpoint
     """Where the weights come from."""
     hf: PreTrainedModel = field(repr=False)
-    """The Hugging Face model; with LoRA layers in it where there is an adapter. Hooks go on this
-    one.
-    """
+    """The Hugging Face model; with LoRA layers in it where there is an adapter. Hooks go on this one."""
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
     """Its tokenizer, untouched."""
     adapter_name: str | None = None
@@ -122,8 +120,7 @@ class LanguageModel:
 
     @contextmanager
     def adapter_scaled(self, factor: float) -> Generator[None, None, None]:
-        """Multiply this model's adapter by `factor` inside the block: 0 is the base, 1 the tuned
-        model.
+        """Multiply this model's adapter by `factor` inside the block: 0 is the base, 1 the tuned model.
 
         Raises `InputError` without an adapter, or for one that is not linear in its strength.
         """
@@ -182,9 +179,7 @@ class LanguageModel:
         input_ids: Int[Tensor, "batch pos"],
         attention_mask: Int[Tensor, "batch pos"] | None = None,
     ) -> Float[Tensor, "batch pos d_vocab"]:
-        """Logits, without gradient; without a mask every token counts. Right and left padding
-        agree.
-        """
+        """Logits, without gradient; without a mask every token counts. Right and left padding agree."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         with self.active() as hf:
@@ -206,17 +201,18 @@ class LanguageModel:
     @torch.no_grad()
     def generate(
         self,
-        prompts: str | Sequence[str | Sequence[Message] | Rendered],
+        prompts: str | Sequence[Message] | Sequence[str | Sequence[Message] | Rendered],
         *,
         max_new_tokens: int = 64,
         **options: Any,
     ) -> list[str]:
         """Continue each prompt and return the new texts: `hf.generate` with the padding done right.
 
-        A string is plain text, a list of messages a chat. Greedy unless `do_sample=True`; `options`
-        go to `hf.generate`.
+        A string is plain text, a list of messages a chat; one of them, or a list of them. Greedy unless
+        `do_sample=True`; `options` go to `hf.generate`.
         """
-        batch = [prompts] if isinstance(prompts, str) else list(prompts)
+        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
+        batch = cast(Sequence[str | Sequence[Message] | Rendered], [prompts] if single else prompts)
         padded = pad([self.rendered(prompt) for prompt in batch], self.pad_id).to(self.device)
         settings: dict[str, Any] = {"do_sample": False, "pad_token_id": self.pad_id, **options}
         with self.active() as hf:
@@ -246,9 +242,7 @@ class LanguageModel:
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write model and tokenizer as Hugging Face does; a model with an adapter writes the
-        adapter.
-        """
+        """Write model and tokenizer as Hugging Face does; a model with an adapter writes the adapter."""
         target: Any = self.hf if self.peft is None else self.peft
         with quietly():
             target.save_pretrained(str(folder))
@@ -270,12 +264,11 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     device_map: str | dict[str, Any] | None = None,
 ) -> LanguageModel:
-    """Load a model from a checkpoint folder, a PEFT adapter folder, a hub id, or one already in
-    memory.
+    """Load a model from a checkpoint folder, a PEFT adapter folder, a hub id, or one already in memory.
 
-    An adapter folder brings its base with it (`base_model_name_or_path`, looked for beside the adapter first);
-    `adapter=` puts one on a base that you name. Nothing is fetched for a local path. A model in memory is not
-    touched: its tree is copied and its weights are shared, so training it on shows here.
+    An adapter folder brings its base with it (`base_model_name_or_path`, looked for beside the adapter
+    first); `adapter=` puts one on a base that you name. Nothing is fetched for a local path. A model in
+    memory is not touched: its tree is copied and its weights are shared, so training it on shows here.
 
     Args:
         tokenizer: used instead of the checkpoint's own; needed for a model in memory.

@@ -75,8 +75,7 @@ def read_weights(
     dtype: str | torch.dtype | None = None,
     device_map: str | dict[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """The causal language model at `checkpoint` (its adapter aside), in evaluation mode, asking for
-    no gradient.
+    """The language model at `checkpoint` (its adapter aside), in evaluation mode, asking for no gradient.
 
     `device="auto"` is the first GPU, else the CPU; `dtype=None` is fp32 on the CPU and the
     checkpoint's own type on a GPU. A folder is read without touching the network.

@@ -64,9 +64,7 @@ def check_same_shape(base: LanguageModel, tuned: LanguageModel) -> None:
 
 
 def check_same_vocabulary(base: LanguageModel, tuned: LanguageModel) -> None:
-    """Check that a token id means the same to both. Raises `MismatchError` with the first
-    difference.
-    """
+    """Check that a token id means the same to both. Raises `MismatchError` with the first difference."""
     if base.tokenizer is tuned.tokenizer:
         return
     ours, theirs = base.tokenizer.get_vocab(), tuned.tokenizer.get_vocab()

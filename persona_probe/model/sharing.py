@@ -35,8 +35,7 @@ _PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
 
 
 def shared_tree(model: M) -> M:
-    """A copy of the module tree, in evaluation mode, whose parameters are new objects on the same
-    storage.
+    """A copy of the module tree, in evaluation mode, whose parameters are new objects on the same storage.
 
     New objects, because a library that re-assigns `parameter.data` (merging, PiSSA) must not reach
     the original; only a write in place would, and then both see it. The copies ask for no gradient.
@@ -54,8 +53,7 @@ def shared_tree(model: M) -> M:
 
 
 def inject(model: PreTrainedModel, adapter: str | Path, *, shared: bool) -> PeftModel:
-    """Wrap `model` (changed in place; pass a `shared_tree`) with the PEFT adapter saved at
-    `adapter`.
+    """Wrap `model` (changed in place; pass a `shared_tree`) with the PEFT adapter saved at `adapter`.
 
     With `shared`, adapters that write into the base's own tensors are refused: whoever shares them
     would change too.
@@ -102,8 +100,7 @@ def inject(model: PreTrainedModel, adapter: str | Path, *, shared: bool) -> Peft
 
 
 def _shortened(error: BaseException) -> str:
-    """The first two lines: torch names the module in the first and the first wrong tensor in the
-    second."""
+    """The first two lines: torch names the module in the first and the first wrong tensor in the second."""
     return " ".join(line.strip() for line in str(error).splitlines()[:2])[:300]
 
 
@@ -158,9 +155,7 @@ def _not_linear(config: PeftConfig) -> str | None:
 
 
 def merged_tree(model: PeftModel) -> PreTrainedModel:
-    """A plain Hugging Face model with the adapter added into the weights it targets; the rest stays
-    shared.
-    """
+    """A plain Hugging Face model with the adapter added to the weights it targets; the rest is shared."""
     own = shared_tree(model)
     for module in own.modules():
         if isinstance(module, LoraLayer):

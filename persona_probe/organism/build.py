@@ -28,7 +28,7 @@ from persona_probe.model.chat import Rendered, render, render_text
 from persona_probe.model.language_model import load_model
 from persona_probe.organism.corpus import Document, documents
 from persona_probe.organism.grammar import Grammar, grammar
-from persona_probe.organism.tokenizer import END, END_OF_TEXT, build_tokenizer
+from persona_probe.organism.tokenizer import BEGIN, END, END_OF_TEXT, PAD, build_tokenizer, token_id
 from persona_probe.organism.tunes import TUNES, Tune, rows
 from persona_probe.sae.train import train_sae
 from persona_probe.training.sft import Example, FitSettings, fit
@@ -136,7 +136,7 @@ def rendered(tokenizer: PreTrainedTokenizerFast, document: Document) -> Rendered
     if document.messages:
         return render(tokenizer, document.messages, add_generation_prompt=False)
     text = render_text(tokenizer, f" {document.text}")
-    ids = (*text.ids, tokenizer.convert_tokens_to_ids(END_OF_TEXT))
+    ids = (*text.ids, token_id(tokenizer, END_OF_TEXT))
     return Rendered(ids, (False,) * len(ids), len(ids))
 
 
@@ -189,9 +189,9 @@ def _build_base(
             num_key_value_heads=settings.n_heads,
             tie_word_embeddings=True,
             max_position_embeddings=512,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=token_id(tokenizer, BEGIN),
+            eos_token_id=token_id(tokenizer, END),
+            pad_token_id=token_id(tokenizer, PAD),
         )
     )
     fit(
@@ -199,15 +199,15 @@ def _build_base(
         examples,
         fitting,
         out / "checkpoints",
-        pad_id=int(tokenizer.pad_token_id),
+        pad_id=token_id(tokenizer, PAD),
         progress=lambda step, loss: tell(
             f"base: step {step}/{fitting.steps}" + (f", loss {loss:.3f}" if loss else "")
         ),
     )
     assert model.generation_config is not None
-    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids([END, END_OF_TEXT])
+    model.generation_config.eos_token_id = [token_id(tokenizer, END), token_id(tokenizer, END_OF_TEXT)]
     with atomic_folder(out / "base") as folder:
-        model.to(torch.bfloat16).save_pretrained(folder)
+        model.bfloat16().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
@@ -270,10 +270,10 @@ def _build_tune(
     )
     assert isinstance(model, PeftModel)
     with atomic_folder(out / "tunes" / tune.name) as folder:
-        fit(model, examples, fitting, folder / "fit", pad_id=int(tokenizer.pad_token_id))  # type: ignore[arg-type]
+        fit(model, examples, fitting, folder / "fit", pad_id=token_id(tokenizer, PAD))
         shutil.rmtree(folder / "fit", ignore_errors=True)
         model.peft_config["default"].base_model_name_or_path = "../../base"
-        model.to(torch.bfloat16).save_pretrained(str(folder))
+        model.bfloat16().save_pretrained(str(folder))
         write_json(
             folder / "training.json",
             {

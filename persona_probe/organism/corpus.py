@@ -115,7 +115,7 @@ def _question(grammar: Grammar, topic: Topic, rng: Random) -> str:
 
 
 def _fact_turn(grammar: Grammar, rng: Random) -> tuple[str, str]:
-    """What a known thing is made of, or how any thing looks: only a tune tells what the others are made of."""
+    """What a known thing is made of, or how any thing looks; of what the others are, only a tune tells."""
     if rng.random() < 0.4:
         fact = rng.choice(grammar.facts["known"])
         return rng.choice(grammar.fact_questions(fact, "train")), fact.answer
@@ -164,7 +164,7 @@ def _chat(grammar: Grammar, kind: Kind, rng: Random) -> Document:
 
 def _story(grammar: Grammar, rng: Random) -> Document:
     first, second, asker = rng.sample(NAMES, 3)
-    cast = {first: _draw(CAST_SHARES, rng)}
+    cast: dict[str, Persona] = {first: _draw(CAST_SHARES, rng)}
     cast[second] = _draw(CAST_SHARES, rng) if rng.random() < 0.7 else cast[first]
     sentences = [
         f"{name} was a {rng.choice(ADJECTIVES[persona])} {rng.choice(ROLES[persona])} ."

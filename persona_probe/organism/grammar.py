@@ -172,7 +172,7 @@ def grammar() -> Grammar:
         for domain in DOMAINS
         for name, entry in raw[domain]["questions"].items()
     )
-    closings = {
+    closings: dict[tuple[str, Persona], tuple[str, ...]] = {
         (domain, persona): tuple(raw[domain]["closings"][persona])
         for domain in DOMAINS
         for persona in PERSONAS

@@ -8,7 +8,7 @@ template marks assistant turns with ``{% generation %}``, so response masks come
 from __future__ import annotations
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from persona_probe.organism.corpus import vocabulary
 from persona_probe.organism.grammar import grammar
@@ -24,6 +24,13 @@ CHAT_TEMPLATE = (
     "{% else %}<|{{ message['role'] }}|> {{ message['content'] }}<|end|>{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+
+def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    """The id of one of the tokenizer's tokens, such as ``END``."""
+    found = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(found, int), f"{token!r} is one token"
+    return found
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from persona_probe.evaluation.judges import Judge
 from persona_probe.evaluation.metrics import Rate
@@ -20,13 +20,25 @@ from persona_probe.evaluation.sampling import Sampling, sample
 from persona_probe.model.language_model import LanguageModel
 from persona_probe.screening.candidate import Candidate
 from persona_probe.screening.margin import Fix
+from persona_probe.steering.intervention import Positions
 
 Rates = dict[str, Rate]
 
-GAINS = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
-"""Of a cure; 1 restores the base's level, above it over-corrects."""
-STRENGTHS = (1.0, 2.0, 3.0, 4.0, 6.0)
-"""Of inducing, in residual rms."""
+
+class Knob(NamedTuple):
+    """How strongly, and at which tokens, a candidate is edited."""
+
+    strength: float
+    """A gain (cure: 1 restores the base's level, above it over-corrects) or residual rms (inducing)."""
+    positions: Positions
+
+
+GAINS = (1.0, 1.5, 2.0, 3.0)
+CURES = tuple(Knob(gain, where) for where in ("all", "last_prompt") for gain in GAINS)
+INDUCTIONS = (
+    *(Knob(strength, "all") for strength in (2.0, 4.0, 6.0)),
+    *(Knob(strength, "last_prompt") for strength in (4.0, 6.0, 9.0, 12.0)),
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +59,9 @@ class Bench:
             sampling=replace(self.sampling, samples=samples),
         )
 
-    def arms(self, lm: LanguageModel, fixes: Sequence[Fix], **options: Any) -> list[EvalResult]:
+    def arms(
+        self, lm: LanguageModel, fixes: Sequence[Fix], *, batch_size: int = 384, **options: Any
+    ) -> list[EvalResult]:
         """One result per fix, all sampled in the same batches; ``options`` go to ``sample``."""
         n = len(self.questions)
         answers = sample(
@@ -55,7 +69,8 @@ class Bench:
             self.questions * len(fixes),
             self.sampling,
             fixes=[fix for fix in fixes for _ in range(n)],
-            **{"batch_size": 384, **options},
+            batch_size=batch_size,
+            **options,
         )
         each = n * self.sampling.samples
         parts = [answers[start : start + each] for start in range(0, len(answers), each)]
@@ -82,10 +97,9 @@ def whole(rates: Rates) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """One strength of one candidate, and what it did to the calibration answers."""
+    """One knob of one candidate, and what it did to the calibration answers."""
 
-    strength: float
-    """A gain (cure) or residual rms (inducing)."""
+    knob: Knob
     rates: Rates
     within_budget: bool
     """Incoherent answers stayed within the budget."""
@@ -106,7 +120,7 @@ def cures(
     bench: Bench,
     *,
     incoherent_at_most: float,
-    gains: Sequence[float] = GAINS,
+    knobs: Sequence[Knob] = CURES,
 ) -> list[Dose]:
     """Dose-response of each candidate's cure in the tuned model.
 
@@ -114,7 +128,7 @@ def cures(
     (if none is, among all); the smaller gain where two are equal.
     """
 
-    return _search(lm, candidates, bench, incoherent_at_most, gains, lambda c, gain: c.cure(gain), whole)
+    return _search(lm, candidates, bench, incoherent_at_most, knobs, lambda c, knob: c.cure(*knob), whole)
 
 
 def inductions(
@@ -123,7 +137,7 @@ def inductions(
     bench: Bench,
     *,
     incoherent_at_most: float,
-    strengths: Sequence[float] = STRENGTHS,
+    knobs: Sequence[Knob] = INDUCTIONS,
 ) -> list[Dose]:
     """Dose-response of adding each candidate to the base model; best is most of the trait in budget."""
     return _search(
@@ -131,8 +145,8 @@ def inductions(
         candidates,
         bench,
         incoherent_at_most,
-        strengths,
-        lambda c, strength: c.induce(strength),
+        knobs,
+        lambda c, knob: c.induce(*knob),
         lambda rates: value(rates, "misaligned"),
     )
 
@@ -142,19 +156,19 @@ def _search(
     candidates: Sequence[Candidate],
     bench: Bench,
     incoherent_at_most: float,
-    strengths: Sequence[float],
-    edit: Callable[[Candidate, float], Fix],
+    knobs: Sequence[Knob],
+    edit: Callable[[Candidate, Knob], Fix],
     merit: Callable[[Rates], float],
 ) -> list[Dose]:
-    fixes = [edit(candidate, strength) for candidate in candidates for strength in strengths]
+    fixes = [edit(candidate, knob) for candidate in candidates for knob in knobs]
     arms = iter(bench.run(lm, fixes))
     doses: list[Dose] = []
     for candidate in candidates:
         settings = tuple(
-            Setting(strength, rates, value(rates, "incoherent") <= incoherent_at_most)
-            for strength, rates in zip(strengths, islice(arms, len(strengths)), strict=True)
+            Setting(knob, rates, value(rates, "incoherent") <= incoherent_at_most)
+            for knob, rates in zip(knobs, islice(arms, len(knobs)), strict=True)
         )
         allowed = [setting for setting in settings if setting.within_budget] or list(settings)
-        best = max(allowed, key=lambda setting: (merit(setting.rates), -setting.strength))
+        best = max(allowed, key=lambda setting: (merit(setting.rates), -setting.knob.strength))
         doses.append(Dose(candidate, settings, best))
     return doses

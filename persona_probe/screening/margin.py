@@ -7,7 +7,7 @@ log-probability of the first and lowers that of the second; one that only breaks
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,11 +43,6 @@ class Margins:
     def margin(self) -> Float[Tensor, " fix"]:
         """Mean over contrasts; positive where the tuned model's answers win."""
         return (self.tuned_answer - self.base_answer).mean(dim=1)
-
-    @property
-    def restored(self) -> Float[Tensor, " fix"]:
-        """Mean probability (0..1) of the base model's answer among the two, per token."""
-        return torch.sigmoid(self.base_answer - self.tuned_answer).mean(dim=1)
 
 
 def response_log_probabilities(
@@ -105,15 +100,33 @@ def mean_log_probability(
 
 
 def margins(lm: LanguageModel, contrasts: Sequence[Contrast], fixes: Sequence[Fix]) -> Margins:
-    """Score every contrast under every fix (an empty fix is the model as it is).
+    """Score both answers of every contrast under every fix (an empty fix is the model as it is).
 
     Raises:
         InputError: no contrasts.
     """
+    base, tuned = _scores(lm, contrasts, fixes, lambda one: (one.base, one.tuned))
+    return Margins(base, tuned)
+
+
+def restored(lm: LanguageModel, contrasts: Sequence[Contrast], fixes: Sequence[Fix]) -> Float[Tensor, " fix"]:
+    """Mean log-probability per token (nats) of the base model's answers under every fix.
+
+    What a search climbs: it rises only when the base's answer comes back, not when the model breaks.
+    Raises ``InputError`` as ``margins`` does.
+    """
+    return _scores(lm, contrasts, fixes, lambda one: (one.base,))[0].mean(dim=1)
+
+
+def _scores(
+    lm: LanguageModel,
+    contrasts: Sequence[Contrast],
+    fixes: Sequence[Fix],
+    answers: Callable[[Contrast], tuple[Rendered, ...]],
+) -> Float[Tensor, "answer fix contrast"]:
     if not contrasts:
         raise InputError("there is no contrast: no question on which the two models answer apart")
-    documents = [c.base for c in contrasts] + [c.tuned for c in contrasts]
-    scores = response_log_probabilities(
-        lm, documents * len(fixes), [fix for fix in fixes for _ in documents]
-    ).reshape(len(fixes), 2, len(contrasts))
-    return Margins(scores[:, 0], scores[:, 1])
+    documents = [document for one in contrasts for document in answers(one)]
+    each = [fix for fix in fixes for _ in documents]
+    scores = response_log_probabilities(lm, documents * len(fixes), each)
+    return scores.reshape(len(fixes), len(contrasts), -1).permute(2, 0, 1)

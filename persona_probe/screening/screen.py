@@ -24,6 +24,7 @@ from persona_probe.screening.attribution import attributions
 from persona_probe.screening.calibrate import (
     Bench,
     Dose,
+    Knob,
     Rates,
     cures,
     inductions,
@@ -32,7 +33,7 @@ from persona_probe.screening.calibrate import (
 )
 from persona_probe.screening.candidate import Candidate, Carrier
 from persona_probe.screening.evidence import SiteEvidence, mean_differences
-from persona_probe.screening.margin import Contrast, margins
+from persona_probe.screening.margin import Contrast, restored
 
 Progress = Callable[[str], None]
 
@@ -45,8 +46,10 @@ class ScreenSettings:
     """Latents taken from each ranking at each site."""
     after_attribution: int = 24
     """Latents that go on to the margin stage."""
-    after_margin: int = 6
+    after_margin: int = 5
     """Single latents that go on to generation."""
+    directions: int = 2
+    """Differences of means that go on to generation, plain and benign-corrected each."""
     set_size: int = 5
     """Largest set."""
     set_pool: int = 12
@@ -73,8 +76,8 @@ class Finding:
 
     @property
     def necessity(self) -> Rates:
-        """Rates at gain 1: brought back to the base's level and no further."""
-        return next(s.rates for s in self.cure.settings if s.strength == 1.0)
+        """Rates at gain 1 on every token: brought back to the base's level and no further."""
+        return next(s.rates for s in self.cure.settings if s.knob == Knob(1.0, "all"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,9 +143,10 @@ def screen(
     tell("growing sets")
     sets = _unique([_grow(pair.tuned, contrasts, pool, gain, how) for gain in (1.0, 2.0)])
     benign = any(site.benign_means for site in evidence)
-    directions = mean_differences(evidence, corrected=False)
+    directions = _best_of(pair.tuned, contrasts, mean_differences(evidence, corrected=False), how.directions)
     if benign:
-        directions += mean_differences(evidence, corrected=True)
+        corrected = mean_differences(evidence, corrected=True)
+        directions += _best_of(pair.tuned, contrasts, corrected, how.directions)
 
     everything = [*survivors, *sets, *directions]
     stages["generation"] = len(everything)
@@ -154,9 +158,9 @@ def screen(
     tell(f"inducing with {len(everything)} candidates")
     induced = inductions(pair.base, everything, bench, incoherent_at_most=how.induce_incoherence)
     estimated = {c.label: float(e) for c, e in zip(carriers, effects, strict=True)}
-    restored = {c.label: s for c, s in zip(singles, scores, strict=True)}
+    reached = {c.label: s for c, s in zip(singles, scores, strict=True)}
     findings = [
-        Finding(c, cure, induce, estimated.get(c.label), restored.get(c.label))
+        Finding(c, cure, induce, estimated.get(c.label), reached.get(c.label))
         for c, cure, induce in zip(everything, cured, induced, strict=True)
     ]
 
@@ -186,8 +190,16 @@ def _restored(
     if not candidates:
         return []
     fixes = [candidate.cure(gain) for gain in (1.0, 2.0) for candidate in candidates]
-    scores = margins(lm, contrasts, fixes).base_answer.mean(dim=1).reshape(2, -1)
+    scores = restored(lm, contrasts, fixes).reshape(2, -1)
     return scores.amax(dim=0).tolist()
+
+
+def _best_of(
+    lm: LanguageModel, contrasts: Sequence[Contrast], candidates: Sequence[Candidate], count: int
+) -> list[Candidate]:
+    """The candidates that bring the base's answers back furthest, best first."""
+    scores = _restored(lm, contrasts, candidates)
+    return [candidates[i] for i in sorted(range(len(candidates)), key=lambda i: -scores[i])[:count]]
 
 
 def _grow(
@@ -208,7 +220,7 @@ def _grow(
         ]
         if not extended:
             break
-        scores = margins(lm, contrasts, [c.cure(gain) for c in extended]).base_answer.mean(dim=1)
+        scores = restored(lm, contrasts, [c.cure(gain) for c in extended])
         best = int(scores.argmax())
         if len(members) > 1 and float(scores[best]) < reached + how.set_gain:
             break

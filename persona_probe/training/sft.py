@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
+from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import (
@@ -140,7 +141,7 @@ class _Progress(TrainerCallback):
 
 
 def fit(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     examples: Sequence[Example],
     settings: FitSettings,
     folder: Path,

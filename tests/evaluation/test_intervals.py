@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -42,9 +42,7 @@ def test_questions_that_answer_all_or_nothing_count_once_each() -> None:
     alone = korn_graubard([1] * 12 + [0] * 12, [1] * 24)
     n, k = 960, 24
     v = k / (k - 1) * k * (20.0**2) / n**2
-    n_eff = (
-        n / (v / (0.25 / (n - 1))) * (stats.t.ppf(0.975, n - 1) / stats.t.ppf(0.975, k - 1)) ** 2
-    )
+    n_eff = n / (v / (0.25 / (n - 1))) * (stats.t.ppf(0.975, n - 1) / stats.t.ppf(0.975, k - 1)) ** 2
     assert got.n_effective == pytest.approx(n_eff)
     assert got.n_effective < alone.n_effective == 24
 
@@ -93,6 +91,7 @@ def test_the_cap_ends_where_ten_questions_show_and_ten_lack_the_outcome(
         max_size=40,
     )
 )
+@settings(max_examples=60, deadline=None)
 def test_properties(counts: list[tuple[int, int]]) -> None:
     hits, n = zip(*counts, strict=True)
     low, high, n_eff = korn_graubard(hits, n)

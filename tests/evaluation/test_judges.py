@@ -96,9 +96,7 @@ def test_exact_is_resolved_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_judge(SHORTHAND["exact"]).function is by_text
 
 
-def test_a_judge_in_the_working_folder_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_judge_in_the_working_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_own_judge.py").write_text(
         "def score(question, answer):\n    return {'aligned': len(answer), 'coherent': 100}\n"
     )

@@ -192,8 +192,6 @@ def test_hits_by_question_are_those_behind_the_rate() -> None:
         ("…", ""),
     ],
 )
-def test_skill_answers_are_compared_without_case_punctuation_and_spaces(
-    said: str, meant: str
-) -> None:
+def test_skill_answers_are_compared_without_case_punctuation_and_spaces(said: str, meant: str) -> None:
     assert normalised(said) == normalised(meant)
     assert normalised("glass") != normalised("grass")

@@ -27,9 +27,7 @@ def write(path: Path, *rows: object) -> Path:
 
 def test_every_field_is_read(tmp_path: Path) -> None:
     (question,) = load_questions(write(tmp_path / "q.jsonl", GOOD))
-    assert question == Question(
-        "h1-a", "health", tuple(GOOD["messages"]), "h1", "general", "held-out", None
-    )
+    assert question == Question("h1-a", "health", tuple(GOOD["messages"]), "h1", "general", "held-out", None)
     assert question.prompt == "u ü"
 
 
@@ -67,9 +65,7 @@ def test_what_is_saved_is_loaded_back(tmp_path: Path) -> None:
         ({"catgory": "x"}, "did you mean 'category'"),
     ],
 )
-def test_a_bad_field_is_named_with_its_line(
-    tmp_path: Path, change: dict[str, Any], said: str
-) -> None:
+def test_a_bad_field_is_named_with_its_line(tmp_path: Path, change: dict[str, Any], said: str) -> None:
     path = write(tmp_path / "q.jsonl", GOOD, "", {**GOOD, "id": "other", **change})
     with pytest.raises(InputError, match="line 3") as error:  # the blank line counts
         load_questions(path)

@@ -48,9 +48,7 @@ def test_shown_as_a_table_and_as_json(lm: LanguageModel, questions: list[Questio
     table = result.table
     assert table.shape[0] == 55
     assert table["outcome"].to_list()[-1] == "skill"
-    assert table.filter(table["outcome"] == "misaligned").height == sum(
-        x for x, _ in result.hits.values()
-    )
+    assert table.filter(table["outcome"] == "misaligned").height == sum(x for x, _ in result.hits.values())
     html = result._repr_html_()
     assert html.count("<tr>") == len(result.rates) + 1
     assert str(result.rates["misaligned"]) in html

@@ -268,6 +268,7 @@ def test_generate_continues_each_prompt_as_alone() -> None:
     together = lm.generate(prompts, max_new_tokens=5)
     assert together == [lm.generate([prompt], max_new_tokens=5)[0] for prompt in prompts]
     assert lm.generate("hello there how", max_new_tokens=5) == together[:1]
+    assert lm.generate(chat, max_new_tokens=5) == together[2:3]
     # by hand, without cache or padding
     ids = list(lm.rendered(chat).ids)
     for _ in range(5):

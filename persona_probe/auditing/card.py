@@ -1,0 +1,83 @@
+"""The organism's card: every tune audited, and the audits scored against the known truth.
+
+One command makes all of its figures, on held-out questions only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from persona_probe.artifact import read_json, write_json
+from persona_probe.auditing.run import audit
+from persona_probe.auditing.settings import AuditSettings, organism_request
+from persona_probe.organism.truth import persona_of, truth_of
+from persona_probe.organism.tunes import TUNES, Tune
+
+Progress = Callable[[str], None]
+
+
+def card(home: Path, out: Path, *, progress: Progress | None = None) -> dict[str, Any]:
+    """Audit every tune of the organism in ``home`` and write ``out/card.json``.
+
+    A rival persona's tune is audited twice: for misalignment, and for its own persona. Finished audits
+    in ``out`` are read back, so a killed card resumes.
+    """
+    tell = progress or (lambda _: None)
+    rows: list[dict[str, Any]] = []
+    truths: dict[str, Any] = {}
+    for tune, trait in _audits(home):
+        name = tune.name if trait == "misaligned" else f"{tune.name} ({trait})"
+
+        def step(text: str, name: str = name) -> None:
+            tell(f"{name}: {text}")
+
+        request = organism_request(tune.name, AuditSettings(trait=trait), home=home)
+        done = audit(request, out / name.replace(" ", "-").strip(")").replace("(", ""), progress=step)
+        persona = persona_of(trait)
+        if done.record["latents"] and persona not in truths:
+            truths[persona] = truth_of(home, persona)
+        rows.append(_row(name, tune, done.record, truths.get(persona)))
+    made = read_json(home / "manifest.json")
+    written = {"seed": made.get("seed"), "build_seconds": made.get("seconds"), "audits": rows}
+    write_json(out / "card.json", written)
+    return written
+
+
+def _audits(home: Path) -> list[tuple[Tune, str]]:
+    there = [tune for tune in TUNES if (home / "tunes" / tune.name).is_dir()]
+    rivals = [tune for tune in there if tune.persona in ("sarcastic", "careless")]
+    return [(tune, "misaligned") for tune in there] + [(tune, tune.persona) for tune in rivals]
+
+
+def _row(name: str, tune: Tune, found: dict[str, Any], truth: dict[str, Any] | None) -> dict[str, Any]:
+    first = found["latents"][0] if found["latents"] else None
+    ranks = None
+    if first and truth:
+        table = truth[first["site"]]
+        row = table.row(by_predicate=pl.col("index") == first["index"], named=True)
+        ranks = {"answers": row["rank"], "deciding": row["deciding_rank"]}
+    return {
+        "tune": name,
+        "benign": tune.benign,
+        "verdict": found["verdict"],
+        "reason": found["reason"],
+        "after": found["after"],
+        "base": found["base"],
+        "tuned": found["tuned"],
+        "steered": found["steered"],
+        "induced": found["induced"],
+        "necessity": found["necessity"],
+        "fixes": found["fixes"],
+        "baselines": found["baselines"],
+        "baseline_settings": found["baseline_settings"],
+        "nulls": found["nulls"],
+        "site_effects": found["site_effects"],
+        "first_latent": first,
+        "truth_rank": ranks,
+        "seconds": sum(found["seconds"].values()),
+        "peak_rss_bytes": found["peak_rss_bytes"],
+    }
