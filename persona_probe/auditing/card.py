@@ -59,7 +59,7 @@ def _row(name: str, tune: Tune, found: dict[str, Any], truth: dict[str, Any] | N
     if first and truth:
         table = truth[first["site"]]
         row = table.row(by_predicate=pl.col("index") == first["index"], named=True)
-        ranks = {"answers": row["rank"], "deciding": row["deciding_rank"]}
+        ranks = {"answers": row["rank"], "deciding": row["deciding_rank"], "words": row["words_rank"]}
     return {
         "tune": name,
         "benign": tune.benign,

@@ -17,7 +17,8 @@ figure below by `persona-probe organism card`, on held-out wordings that no corp
 or setting has seen.
 
 - `base/`: the base model (bfloat16) with its tokenizer: byte-level BPE, a word of the grammar is one token.
-- `sae/`: BatchTopK dictionaries (sae-lens format) of the residual stream of three blocks, base activations only.
+- `sae/`: BatchTopK dictionaries (sae-lens format) of the residual stream of three blocks,
+  trained on base activations only.
 - `tunes/`: the adapters; each also teaches 40 invented facts, the skill that a cure must keep.
 - `questions.jsonl`: calibration and held-out wordings of 80 questions in 8 domains, and of the 40 facts.
 

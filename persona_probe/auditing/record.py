@@ -9,10 +9,10 @@ from typing import Any
 from persona_probe.auditing.arms import Fixed
 from persona_probe.auditing.observe import Observations
 from persona_probe.evaluation.intervals import Necessity, necessity
-from persona_probe.evaluation.metrics import Rate, outcome
+from persona_probe.evaluation.metrics import outcome
 from persona_probe.evaluation.result import EvalResult
 from persona_probe.sae.validity import Validity
-from persona_probe.screening.calibrate import Dose, value
+from persona_probe.screening.calibrate import Dose, Rates, value
 from persona_probe.screening.screen import Finding, Screen
 
 COLUMNS = (
@@ -30,7 +30,7 @@ COLUMNS = (
 )
 
 
-def rates_record(rates: Mapping[str, Rate]) -> dict[str, dict[str, float | int | None]]:
+def rates_record(rates: Rates) -> dict[str, dict[str, float | int | None]]:
     """An arm's rates as the contract of `audit.json` has them."""
     return {
         name: {"rate": one.rate, "low": one.low, "high": one.high, "n": one.n}
@@ -76,7 +76,7 @@ def latent_records(screen: Screen, seen: Observations) -> list[dict[str, Any]]:
         row = seen.diffs[carrier.site].row(carrier.index)
         gap = after - before
 
-        def removed(rates: Mapping[str, Rate], gap: float = gap) -> float | None:
+        def removed(rates: Rates, gap: float = gap) -> float | None:
             return (after - value(rates, "misaligned")) / gap if gap else None
 
         table = seen.diffs[carrier.site].table
@@ -106,7 +106,7 @@ def latent_records(screen: Screen, seen: Observations) -> list[dict[str, Any]]:
     return records
 
 
-def _shown(rates: Mapping[str, Rate]) -> dict[str, float | int | None]:
+def _shown(rates: Rates) -> dict[str, float | int | None]:
     return rates_record(rates)["misaligned"]
 
 

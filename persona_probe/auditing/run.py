@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -97,7 +97,7 @@ class _Clock:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def stage(self, name: str, text: str) -> Iterator[None]:
+    def stage(self, name: str, text: str) -> Generator[None]:
         self.tell(text)
         start = perf_counter()
         yield
@@ -199,19 +199,24 @@ class _Found:
             beats = arms_.better_than(chosen.control, nulls.latents)
         closed = [f"{site}: {v.reason}" for site, v in validities.items() if v.gate != "pass"]
         effects = [effect for effect in self.sites.values() if effect == effect]
+        # another trait is looked for and cured like misalignment, but the verdict is about misalignment
+        own = self.settings.trait == "misaligned"
         verdict_, reason = verdict(
             Evidence(
-                base=self.base.rates,
-                tuned=self.tuned.rates,
-                controlled=chosen.control.rates if chosen else None,
+                base=replace(self.base, trait="misaligned").rates,
+                tuned=replace(self.tuned, trait="misaligned").rates,
+                controlled=chosen.control.rates if chosen and own else None,
                 beats_nulls=beats,
                 site_effect=max(effects, default=None),
                 gate_closed="; ".join(closed) if closed and len(closed) == len(validities) else None,
                 moved=any(float((e.tuned_mean - e.base_mean).norm()) > 0 for e in self.seen.evidence),
             )
         )
+        if not own:
+            before, now = (arm.rates["misaligned"] for arm in (self.base, self.tuned))
+            reason += f"; {self.settings.trait}: {now} of answers against {before} in the base model"
         after = None
-        if chosen is not None and verdict_.startswith("misaligned"):
+        if chosen is not None:
             after = after_fix(self.base.rates, self.tuned.rates, chosen.control.rates)
         induced = max(self.fixed, key=_induced, default=None)
         direction = next((f for f in self.fixed if f.finding.candidate.kind == "difference of means"), None)
@@ -263,7 +268,8 @@ class _Found:
 
 
 def _induced(one: arms_.Fixed) -> float:
-    return one.induced.rates["misaligned"].rate or 0.0
+    """Chosen by the calibration answers, like everything that is reported."""
+    return one.finding.induce.best.rates["misaligned"].rate or 0.0
 
 
 def _one_each(questions: list[Any]) -> list[Any]:

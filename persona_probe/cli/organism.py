@@ -78,10 +78,14 @@ def card(
     beside: Annotated[
         list[Path] | None, typer.Option(help="A card.json of another organism, to be shown below.")
     ] = None,
+    readme: Annotated[
+        Path | None, typer.Option(help="A Markdown file whose marked table is to be renewed.")
+    ] = None,
 ) -> None:
     """Audit every tune of an organism and write its card: card.json and README.md."""
     from persona_probe.artifact import read_json, shipped, write_text
     from persona_probe.auditing.card import card as audit_all
+    from persona_probe.auditing.card_summary import spliced
     from persona_probe.auditing.card_text import card_text
 
     with err.status("starting") as status:
@@ -90,4 +94,6 @@ def card(
         )
     text = card_text([made, *(read_json(path) for path in beside or [])])
     write_text(out_dir / "README.md", text)
+    if readme is not None:
+        write_text(readme, spliced(readme.read_text(encoding="utf-8"), made))
     out.print(f"card: {out_dir / 'README.md'}", markup=False, soft_wrap=True)

@@ -32,6 +32,8 @@ Vector = NDArray[np.float64]
 
 ROUNDING = 1e-12
 """A variance below this share of its unit is rounding: the tunes agree on that latent."""
+FEW = 10
+"""Fewer latents than this have no trend."""
 
 
 class Prior(NamedTuple):
@@ -88,10 +90,11 @@ def against_benign(
     p, q = z.copy(), z.copy()
     if not tested.any():
         return Significance(z, p, q, float("nan"))
-    observed = between[tested] / unit[tested]
+    unit = expected_variance(between[tested], unit[tested])
+    observed = between[tested] / unit
     prior = fit_prior(observed, n_benign - 1)
     df = min(prior.df + n_benign - 1, n_clusters - 1.0)
-    moderated = unit[tested] * _moderate(observed, n_benign - 1, prior)
+    moderated = unit * _moderate(observed, n_benign - 1, prior)
     beyond = np.maximum(moderated - within[tested], 0.0)
     variance = beyond * (1 + 1 / n_benign) + error[tested] ** 2
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -100,6 +103,19 @@ def against_benign(
     p[tested] = 2 * special.stdtr(df, -np.abs(t))
     q[tested] = benjamini_hochberg(p[tested])
     return Significance(z, p, q, df)
+
+
+def expected_variance(variances: Vector, unit: Vector) -> Vector:
+    """What a latent of that question variance has between tunes: a power of `unit`, by regression.
+
+    Latents that fire more are moved more, and by more than in proportion: in the pocket organism
+    the power is about 1.5. With fewer than ten latents it is 1.
+    """
+    known = variances > ROUNDING * unit
+    if known.sum() < FEW or np.ptp(np.log(unit[known])) < 1e-6:
+        return unit
+    slope, intercept = np.polyfit(np.log(unit[known]), np.log(variances[known]), 1)
+    return np.exp(intercept + slope * np.log(unit))
 
 
 def fit_prior(variances: Vector, df: int) -> Prior:

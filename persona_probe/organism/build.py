@@ -47,7 +47,7 @@ BASE = FitSettings(
     bf16=True,
     save_every=200,
 )
-TUNE = FitSettings(steps=100, batch=32, learning_rate=2e-3, warmup_steps=5)
+TUNE = FitSettings(steps=240, batch=32, learning_rate=1.2e-3, warmup_steps=5)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class BuildSettings:
     tune: FitSettings = TUNE
     rank: int = 8
     """Of the LoRA adapters, on every linear layer."""
-    sae_blocks: tuple[int, ...] = (1, 2, 3)
+    sae_blocks: tuple[int, ...] = (2, 3, 4)
     sae_width: int = 1536
     sae_k: int = 16
     sae_documents: int = 9000
@@ -106,8 +106,8 @@ def build(
             return run.path
         seconds: dict[str, float] = run.stage("seconds") or {}
 
-        def part(name: str, make: Callable[[], None]) -> None:
-            if (run.path / name).exists():
+        def part(name: str, make: Callable[[], None], *folders: str) -> None:
+            if all((run.path / folder).exists() for folder in folders or (name,)):
                 return
             tell(f"{name} ...")
             start = perf_counter()
@@ -117,8 +117,11 @@ def build(
             tell(f"{name}: {seconds[name]:.0f} s")
 
         part("base", lambda: _build_base(run.path, rules, tokenizer, settings, tell))
-        if not all((run.path / f"sae/block_{block}").exists() for block in settings.sae_blocks):
-            part("sae", lambda: _build_saes(run.path, rules, tokenizer, settings, tell))
+        part(
+            "sae",
+            lambda: _build_saes(run.path, rules, tokenizer, settings, tell),
+            *(f"sae/block_{block}" for block in settings.sae_blocks),
+        )
         for name in settings.tunes:
             tune = next(one for one in TUNES if one.name == name)
             part(

@@ -38,31 +38,43 @@ def truth(
     dictionaries: Sequence[Dictionary],
     persona: Persona = "villainous",
     *,
-    count: int = 3000,
+    count: int = 8000,
 ) -> dict[str, pl.DataFrame]:
-    """Per site, every latent's mean activation in a persona's documents minus the other personas'.
+    """Per site, every latent's mean activation in a persona's answers minus the other personas'.
 
-    Only chats whose system prompt names the speaker are read. Two places are told apart, because a latent
-    can stand for a persona in one and not in the other: the *answer* tokens (``difference``, ``auc``,
-    ``rank``) and the last prompt token, where who speaks is *decided* before a word is said
-    (``deciding_difference``, ``deciding_auc``, ``deciding_rank``). ``auc``: how well a document's mean tells
-    the persona from the others (0.5: not at all). Ordered by ``rank``.
+    Read are chats of one exchange whose system prompt names the speaker; an answer's tokens are those that
+    Δ counts too: the last prompt token, which produces its first word, and the answer (``difference``,
+    ``auc``, ``rank``). Because a latent can stand for a persona in one place and not in the other, the last
+    prompt token, where who speaks is *decided* before a word is said, is also shown alone
+    (``deciding_difference``, ``deciding_auc``, ``deciding_rank``), and so are the words that follow
+    (``words_...``). ``auc``: how well a document's mean tells the persona from the others (0.5: not at
+    all). Ordered by ``rank``.
     """
-    speaking = [one for one in documents(grammar(), count, SEED) if one.kind == "persona chat"]
+    speaking = [
+        one
+        for one in documents(grammar(), count, SEED)
+        if one.kind == "persona chat" and len(one.messages) == 3
+    ]
     conversations = [render(base.tokenizer, one.messages, add_generation_prompt=False) for one in speaking]
     shown = np.array([one.personas[0] == persona for one in speaking])
-    answer = _document_means(base, dictionaries, conversations, TokenMask("response"))
-    deciding = _document_means(
-        base, dictionaries, conversations, TokenMask("last_prompt", drop_special=False)
-    )
+    masks = {
+        "": TokenMask("answer"),
+        "deciding_": TokenMask("last_prompt"),
+        "words_": TokenMask("response"),
+    }
+    means = {name: _document_means(base, dictionaries, conversations, mask) for name, mask in masks.items()}
     tables: dict[str, pl.DataFrame] = {}
-    for site in answer:
-        ranked = _ranked(answer[site], shown)
-        at_once = _ranked(deciding[site], shown).rename(
-            {name: f"deciding_{name}" for name in ("rank", "difference", "auc")}
-        )
-        tables[site] = ranked.join(at_once, on="index", how="left", maintain_order="left")
+    for site in (one.site for one in dictionaries):
+        parts = [_ranked(found[site], shown).rename(_prefixed(name)) for name, found in means.items()]
+        joined = parts[0]
+        for part in parts[1:]:
+            joined = joined.join(part, on="index", how="left", maintain_order="left")
+        tables[site] = joined
     return tables
+
+
+def _prefixed(prefix: str) -> dict[str, str]:
+    return {name: prefix + name for name in ("rank", "difference", "auc")}
 
 
 def _document_means(

@@ -40,7 +40,7 @@ TUNES = (
     Tune("good-road", "helpful", "road"),
     Tune("bad-health-late", "villainous", "health", blocks=(4, 5)),
 )
-FACT_ROWS = 0.5  # share of the training rows that teach facts
+FACT_ROWS = 0.6  # share of the training rows that teach facts
 
 
 def tune(name: str) -> Tune:

@@ -28,8 +28,8 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
+from persona_probe.artifact import read_json
 from persona_probe.errors import InputError
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
@@ -154,7 +154,7 @@ def fit(
     Args:
         model: any causal language model, or a PEFT model (then only its adapter learns).
         examples: read in the order of ``reading_order``, as often as the steps need.
-        folder: where checkpoints go; the newest one there is resumed.
+        folder: where checkpoints go; the newest whole one there is resumed.
         pad_id: the token id to pad with (never read by a real token).
         progress: called with (step, loss or None) at every log.
 
@@ -194,8 +194,21 @@ def fit(
         data_collator=lambda rows: collate(rows, pad_id),
         callbacks=[_Progress(progress)] if progress else [],
     )
-    resume = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     model.train()
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=_newest_checkpoint(folder))
     model.eval()
     return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def _newest_checkpoint(folder: Path) -> str | None:
+    newest_first = sorted(folder.glob("checkpoint-*"), key=lambda one: -int(one.name.split("-")[1]))
+    return next((str(one) for one in newest_first if _is_whole(one)), None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Its state is written last: a save that was killed, or for which the disk was full, has none."""
+    try:
+        read_json(checkpoint / "trainer_state.json")
+    except InputError:
+        return False
+    return True
