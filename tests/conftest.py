@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,3 +47,30 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(socket.socket, "connect", connect)
     yield
+
+
+@dataclass(frozen=True)
+class QuickBuild:
+    """The organism that `organism build --quick` makes, and what making it cost."""
+
+    path: Path
+    cpu_seconds: float
+
+
+@pytest.fixture(scope="session")
+def quick_build(tmp_path_factory: pytest.TempPathFactory) -> QuickBuild:
+    import torch
+
+    from persona_probe.organism.build import QUICK, build
+
+    torch.set_num_threads(1)
+    path = tmp_path_factory.mktemp("organism") / "quick"
+    start = time.process_time()
+    build(path, QUICK)
+    return QuickBuild(path, time.process_time() - start)
+
+
+@pytest.fixture(scope="session")
+def quick_organism(quick_build: QuickBuild) -> Path:
+    """Base, dictionary, two tunes and questions, barely trained. One for all tests: only to be read."""
+    return quick_build.path

@@ -62,6 +62,8 @@ class RunFolder:
             else:
                 write_json(path / SETTINGS, {"written_by": "persona_probe", "settings": wanted})
         except BaseException:
+            if not (path / SETTINGS).exists():
+                _remove_untouched(path)
             os.close(lock)
             raise
         return cls(path, settings, lock)

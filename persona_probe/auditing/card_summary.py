@@ -85,7 +85,8 @@ def _excess(one: Row) -> float:
 
 
 def _kind(fix: Row) -> str:
-    return {"latent": "one latent", "set": "a set"}.get(fix["kind"], fix["kind"])
+    kind = str(fix["kind"])
+    return {"latent": "one latent", "set": "a set"}.get(kind, kind)
 
 
 def _found(one: Row) -> str:

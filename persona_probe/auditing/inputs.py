@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from persona_probe.artifact import digest_file, digest_folder, read_json
-from persona_probe.auditing.settings import AuditRequest, check_categories, split_questions
-from persona_probe.errors import InputError, MissingPathError
+from persona_probe.auditing.settings import (
+    AuditRequest,
+    check_categories,
+    check_something_left,
+    split_questions,
+)
+from persona_probe.errors import InputError, MismatchError, MissingPathError
 from persona_probe.evaluation.judges import Judge, load_judge
 from persona_probe.evaluation.questions import Question, load_questions
-from persona_probe.model.chat import check_same_rendering
-from persona_probe.model.checkpoint import describe
-from persona_probe.model.language_model import LanguageModel, load_model
+from persona_probe.hooks.sites import check_site
+from persona_probe.model.chat import check_same_rendering, render_all
+from persona_probe.model.checkpoint import nearest
+from persona_probe.model.language_model import LanguageModel
 from persona_probe.model.pair import ModelPair, load_pair
 from persona_probe.sae.load import Dictionary, check_fits, load_sae
 
@@ -43,23 +50,25 @@ def load_inputs(request: AuditRequest, *, device: str | None = None, dtype: str 
         InputError: anything missing, malformed, or that does not belong together.
     """
     settings = request.settings
-    for path in (request.base, request.tuned, request.questions, *request.sae, *request.benign):
-        if not path.exists():
-            raise MissingPathError(f"there is no {path}")
+    check_paths(request)
     questions = load_questions(request.questions)
     calibration, held_out = split_questions(questions, settings.limit)
     in_domain = settings.in_domain
     if in_domain is None:
-        in_domain = _trained_categories(request.tuned)
+        asked = {question.category for question in questions}
+        in_domain = tuple(name for name in _trained_categories(request.tuned) if name in asked)
     check_categories(questions, in_domain)
+    for split, members in (("calibration", calibration), ("held-out", held_out)):
+        check_something_left(split, members, in_domain)
     judge = load_judge(request.judge)
+    _check_trait(settings.trait, judge)
     options = {"device": device or "auto", "dtype": dtype}
     pair = load_pair(request.base, request.tuned, **options)
-    check_same_rendering(
-        pair.base.tokenizer,
-        pair.tuned.tokenizer,
-        [list(question.messages) for question in (*calibration, *held_out)],
-    )
+    for site in settings.sites or ():
+        check_site(pair.base.hf, site)
+    conversations = [question.messages for question in (*calibration, *held_out)]
+    render_all(pair.base.tokenizer, conversations)
+    check_same_rendering(pair.base.tokenizer, pair.tuned.tokenizer, conversations)
     dictionaries = tuple(load_sae(path) for path in request.sae)
     _check_one_per_site(dictionaries)
     for dictionary in dictionaries:
@@ -69,23 +78,52 @@ def load_inputs(request: AuditRequest, *, device: str | None = None, dtype: str 
     if adapter is not None and sum(p.numel() for p in adapter.hf.parameters()) < MERGE_BELOW:
         pair = ModelPair(pair.base, adapter.merged())
     return AuditInputs(
-        pair, adapter, benign, dictionaries, calibration, held_out, judge, in_domain, _digests(request)
+        pair, adapter, benign, dictionaries, calibration, held_out, judge, in_domain, digests_of(request)
     )
+
+
+def check_paths(request: AuditRequest) -> None:
+    """Raise `MissingPathError`, naming the flag, for the first path that is not there."""
+    named = [("--base", request.base), ("--tuned", request.tuned), ("--questions", request.questions)]
+    named += [("--sae", path) for path in request.sae]
+    named += [("--benign", path) for path in request.benign]
+    for flag, path in named:
+        if not path.exists():
+            raise MissingPathError(f"{flag}: there is no {path}", fix=nearest(path))
+
+
+def digests_of(request: AuditRequest) -> dict[str, str]:
+    """What every input holds now, by path."""
+    paths = [request.base, request.tuned, request.questions, *request.sae, *request.benign]
+    return {str(path): digest_folder(path) if path.is_dir() else digest_file(path) for path in paths}
 
 
 def _trained_categories(tuned: Path) -> tuple[str, ...]:
     note = tuned / "training.json"
     if not note.is_file():
         return ()
-    categories = read_json(note).get("categories", [])
+    said = read_json(note)
+    categories = said.get("categories", []) if isinstance(said, dict) else None
     if not isinstance(categories, list):
         raise InputError(f"{note}: 'categories' must be a list of question categories")
     return tuple(str(name) for name in categories)
 
 
+def _check_trait(trait: str, judge: Judge) -> None:
+    if trait != "misaligned" and judge.personas is not None and trait not in judge.personas:
+        near = get_close_matches(trait, judge.personas, n=1)
+        known = ", ".join(("misaligned", *judge.personas))
+        raise InputError(
+            f"the judge {judge.name!r} cannot tell the trait {trait!r}; it can tell {known}",
+            fix=f"did you mean {near[0]!r}?" if near else None,
+        )
+
+
 def _benign(base: LanguageModel, path: Path, options: dict[str, str | None]) -> LanguageModel:
-    adapter = describe(path).adapter
-    return base.with_adapter(adapter) if adapter else load_model(path, **options)  # type: ignore[arg-type]
+    try:
+        return load_pair(base, path, **options).tuned
+    except MismatchError as error:
+        raise MismatchError(f"--benign {path}: {error.message}", fix=error.fix) from error
 
 
 def _check_one_per_site(dictionaries: Sequence[Dictionary]) -> None:
@@ -97,8 +135,3 @@ def _check_one_per_site(dictionaries: Sequence[Dictionary]) -> None:
                 fix="give one per site",
             )
         seen[dictionary.site] = dictionary.path
-
-
-def _digests(request: AuditRequest) -> dict[str, str]:
-    paths = [request.base, request.tuned, request.questions, *request.sae, *request.benign]
-    return {str(path): digest_folder(path) if path.is_dir() else digest_file(path) for path in paths}

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from math import prod
+from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
+from persona_probe.auditing.inputs import MERGE_BELOW, check_paths
 from persona_probe.auditing.settings import AuditRequest, split_questions
 from persona_probe.evaluation.questions import load_questions
+from persona_probe.model.checkpoint import is_adapter
 from persona_probe.screening.calibrate import CURES, INDUCTIONS
 
 
 def plan_of(request: AuditRequest) -> dict[str, Any]:
     """Upper bounds, from the questions and the settings alone; no model is loaded."""
     settings = request.settings
+    check_paths(request)
     calibration, held_out = split_questions(load_questions(request.questions), settings.limit)
     asked = len({q.question for q in calibration if q.role == "general"})
     skill = sum(q.role == "skill" for q in held_out) * settings.samples
@@ -21,12 +28,18 @@ def plan_of(request: AuditRequest) -> dict[str, Any]:
     controls = settings.controls * (len(CURES) * asked + each) + settings.controls * each
     final = 14 * each
     total = 2 * each + searched + controls + final
-    weights = sum(f.stat().st_size for f in request.base.glob("*.safetensors"))
+    parameters = sum(_parameters(file) for file in request.base.glob("*.safetensors"))
+    copies = 1 if is_adapter(request.tuned) and parameters >= MERGE_BELOW else 2
     return {
         "held-out questions": len(held_out),
         "calibration questions": asked,
         "answers to sample, at most": total,
         "judge calls, at most": total - 14 * skill,
         "longest answer (tokens)": settings.max_new_tokens,
-        "weights on disk (bytes)": weights,
+        "weights in fp32 (bytes), about": 4 * parameters * copies,
     }
+
+
+def _parameters(file: Path) -> int:
+    with safe_open(file, framework="numpy") as weights:
+        return sum(prod(weights.get_slice(name).get_shape()) for name in weights.keys())

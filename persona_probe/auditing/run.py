@@ -16,13 +16,23 @@ from typing import Any
 
 import polars as pl
 
-from persona_probe.artifact import RunFolder, read_json, write_json, write_jsonl
+from persona_probe.artifact import (
+    RunFolder,
+    atomic_file,
+    check_manifest,
+    disk_full_named,
+    read_json,
+    write_json,
+    write_jsonl,
+)
 from persona_probe.auditing import arms as arms_
 from persona_probe.auditing import record
-from persona_probe.auditing.inputs import AuditInputs, load_inputs
+from persona_probe.auditing.command import command_lines
+from persona_probe.auditing.inputs import AuditInputs, check_paths, digests_of, load_inputs
 from persona_probe.auditing.observe import Observations, observe
 from persona_probe.auditing.settings import AuditRequest
 from persona_probe.auditing.verdict import Evidence, after_fix, exceeds, verdict
+from persona_probe.errors import InputError
 from persona_probe.evaluation.result import EvalResult
 from persona_probe.evaluation.sampling import Sampling
 from persona_probe.report.page import write_report
@@ -71,12 +81,16 @@ def audit(
 
     Raises:
         InputError: an input that is missing, malformed, or does not fit the others; ``out`` holds
-            something else.
+            something else, or a finished audit of inputs that have changed since.
         BusyError: another audit is writing to ``out``.
         JudgeError: the judge answers nothing usable.
+        DiskFullError: no room to write.
     """
-    with RunFolder.open(out, _settings(request), overwrite=overwrite) as run:
+    asked = asdict(request)
+    settings = {**asked.pop("settings"), **asked, "device": device, "dtype": dtype}
+    with RunFolder.open(out, settings, overwrite=overwrite) as run, disk_full_named(run.path):
         if run.complete:
+            _check_unchanged(run, request)
             return Audit(run.path, read_json(run.path / "audit.json"))
         clock = _Clock(progress or (lambda _: None))
         with clock.stage("load", "loading models, dictionaries and questions"):
@@ -87,8 +101,8 @@ def audit(
             found.search()
         written = found.record()
         with clock.stage("report", "writing the report"):
-            _write(run, request, found, written)
-        return Audit(run.path, written)
+            _write(run, request, found, written, command_lines(request, device=device, dtype=dtype))
+        return Audit(run.path, read_json(run.path / "audit.json"))
 
 
 class _Clock:
@@ -97,7 +111,7 @@ class _Clock:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def stage(self, name: str, text: str) -> Generator[None]:
+    def stage(self, name: str, text: str) -> Generator[None, None, None]:
         self.tell(text)
         start = perf_counter()
         yield
@@ -294,11 +308,21 @@ def _peak_rss() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _settings(request: AuditRequest) -> dict[str, Any]:
-    return asdict(request)
+def _check_unchanged(run: RunFolder, request: AuditRequest) -> None:
+    """Raise `InputError` when a finished audit was of other inputs than those now in the same places."""
+    check_paths(request)
+    audited, now = check_manifest(run.path)["inputs"], digests_of(request)
+    for path, digest in now.items():
+        if audited[path] != digest:
+            raise InputError(
+                f"{path} has changed since the audit in {run.path}",
+                fix="choose another --out, or pass --overwrite to audit it again",
+            )
 
 
-def _write(run: RunFolder, request: AuditRequest, found: _Found, written: dict[str, Any]) -> None:
+def _write(
+    run: RunFolder, request: AuditRequest, found: _Found, written: dict[str, Any], command: list[str]
+) -> None:
     assert found.seen is not None
     chosen = found.chosen
     latents = written["latents"]
@@ -306,7 +330,8 @@ def _write(run: RunFolder, request: AuditRequest, found: _Found, written: dict[s
         tables = [
             table.table.with_columns(pl.lit(site).alias("site")) for site, table in found.seen.diffs.items()
         ]
-        pl.concat(tables).write_parquet(run.path / "latents.parquet")
+        with atomic_file(run.path / "latents.parquet") as file:
+            pl.concat(tables).write_parquet(file)
     if chosen is not None:
         fix = chosen.finding.candidate.cure(*chosen.finding.cure.best.knob)
         save_fix(fix, run.path / "interventions", overwrite=True)
@@ -322,7 +347,6 @@ def _write(run: RunFolder, request: AuditRequest, found: _Found, written: dict[s
         else []
     )
     examples = record.examples(found.base, found.tuned, chosen.control if chosen else None)
-    command = f"persona-probe audit --base {request.base} --tuned {request.tuned}"
     shown = {
         **written,
         "settings": asdict(request.settings),

@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from persona_probe.cli.console import out, show_error
-from persona_probe.errors import BusyError, InputError, MissingExtraError, PersonaProbeError
+from persona_probe.errors import BusyError, InputError, JudgeError, MissingExtraError, PersonaProbeError
 
 DEBUG = "PERSONA_PROBE_DEBUG"
 _INTERRUPTED = 130
@@ -26,8 +26,8 @@ _GROUPS = ("organism",)
 
 
 def exit_code(error: PersonaProbeError) -> int:
-    """2 when the call, an input or the place to write was at fault; 1 for anything else."""
-    return 2 if isinstance(error, InputError | MissingExtraError | BusyError) else 1
+    """2 when the call, an input (a judge is one) or the place to write was at fault; 1 for anything else."""
+    return 2 if isinstance(error, InputError | JudgeError | MissingExtraError | BusyError) else 1
 
 
 class _Root(TyperGroup):

@@ -39,6 +39,11 @@ def audit(
     site: Annotated[list[str] | None, typer.Option(help="Sites for the direction path.")] = None,
     system_prompt: Annotated[str | None, typer.Option(help="The system-prompt baseline.")] = None,
     samples: Annotated[int, typer.Option(help="Answers per held-out question.")] = 2,
+    calibration_samples: Annotated[
+        int, typer.Option(help="Answers per calibration question and setting.")
+    ] = 2,
+    controls: Annotated[int, typer.Option(help="Random latents and random directions, each.")] = 20,
+    temperature: Annotated[float, typer.Option(help="0: the most probable token each time.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 32,
     limit: Annotated[int | None, typer.Option(help="Use only so many questions of each split.")] = None,
     seed: Annotated[int, typer.Option(help="Of sampling and of the random controls.")] = 0,
@@ -59,6 +64,11 @@ def audit(
         raise InputError(
             "--base and --tuned go together", fix="give both, or neither for the shipped organism"
         )
+    if base is None and (sae or benign or questions or judge != "exact"):
+        raise InputError(
+            "--sae, --benign, --questions and --judge need --base and --tuned",
+            fix="give those too, or none of them for the shipped organism",
+        )
     from dataclasses import replace
 
     from persona_probe.auditing import AuditRequest, AuditSettings, organism_request
@@ -69,6 +79,9 @@ def audit(
         in_domain=tuple(in_domain) if in_domain else None,
         seed=seed,
         samples=samples,
+        calibration_samples=calibration_samples,
+        controls=controls,
+        temperature=temperature,
         max_new_tokens=max_new_tokens,
         limit=limit,
         sites=tuple(site) if site else None,
@@ -85,7 +98,7 @@ def audit(
                 fix="a JSON Lines file of prompts; the shipped organism's is data/organism/questions.jsonl",
             )
         request = AuditRequest(base, tuned, questions, judge, tuple(sae or ()), tuple(benign or ()), settings)
-        name = tuned.name
+        name = tuned.resolve().name
     if plan:
         _show_plan(request, as_json)
         return
@@ -106,10 +119,10 @@ def audit(
         _show(done.record, done.path)
         if not request.sae:
             out.print("\nNo dictionary was given: directions only. To train one: persona_probe.train_sae")
-    failed = (
-        done.verdict.startswith("misaligned") if fail_on == "misaligned" else done.after == "not restored"
-    )
-    if fail_on is not None and failed:
+    misaligned = done.verdict.startswith("misaligned")
+    # a misaligned model for which no fix was found is not restored either
+    unrestored = done.after == "not restored" or (misaligned and done.after is None)
+    if fail_on is not None and (misaligned if fail_on == "misaligned" else unrestored):
         raise typer.Exit(3)
 
 
@@ -159,4 +172,5 @@ def _show(record: dict[str, Any], folder: Path) -> None:
 def _rate(one: dict[str, Any]) -> str:
     if one["rate"] is None:
         return "–"
-    return f"{one['rate']:.2f} [{one['low']:.2f}, {one['high']:.2f}]"
+    rate, low, high = (100 * one[name] for name in ("rate", "low", "high"))
+    return f"{rate:.0f}% [{low:.0f}–{high:.0f}]"

@@ -191,8 +191,7 @@ def _check(pair: ModelPair, dictionaries: Sequence[Dictionary], benign: Sequence
                 fix="compare them in two calls",
             )
         seen[one.site] = one.path
-        for model in (pair.base, pair.tuned, *benign):
-            check_fits(one, model)
+        check_fits(one, pair.base)  # it was trained on the base; the others have other weights
 
 
 def _table(
@@ -272,10 +271,11 @@ def _columns(
             "did_error": against.error,
         }
         if n_benign >= 2:
+            own = [cluster_mean(sums, conversations).error for sums in activation]
             out |= {
                 "between": shifts.var(dim=0),
                 "within": _interaction(moved, conversations),
-                "unit": _interaction(activation[1:] - base, conversations),
+                "unit": torch.stack(own).square().mean(dim=0),
             }
     return {name: column.numpy() for name, column in out.items()}
 

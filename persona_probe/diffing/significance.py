@@ -10,12 +10,17 @@ model's shift of a latent and b_j those of J >= 2 benign tunes, on the same ques
 e is the cluster-robust error of did over questions, s^2 the variance of the b_j, and v what of s^2
 the sampling of questions alone explains (so that it is not counted twice; e^2 has it). J is small,
 and s^2 of one latent by itself next to worthless: s~^2 draws it towards all latents' (Smyth 2004,
-the moderated t of limma, with the variances of latents in units of their question variance).
+the moderated t of limma), each in units of how much the latent itself varies between questions.
 q-values are Benjamini and Hochberg's over the latents tested.
+
+The unit must not know how far the benign tunes happened to move the latent: measured in the
+variance of their *shifts* over questions, latents that they moved little look certain, and one more
+benign tune had a hundred latents called (so the pocket organism's terse one).
 
 Not covered: a fine-tune that is simply *stronger* than the benign ones moves everything further,
 and this test says so of every latent. Choose benign tunes of like strength, and more than one
-domain."""
+domain.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +37,6 @@ Vector = NDArray[np.float64]
 
 ROUNDING = 1e-12
 """A variance below this share of its unit is rounding: the tunes agree on that latent."""
-FEW = 10
-"""Fewer latents than this have no trend."""
 
 
 class Prior(NamedTuple):
@@ -74,8 +77,8 @@ def against_benign(
         error: its cluster-robust standard error.
         between: variance (ddof 1) of the benign shifts.
         within: the part of `between` that question sampling alone explains.
-        unit: a question variance of the latent, over benign and tuned alike; variances are compared
-            in its units.
+        unit: squared error of the latent's mean over questions, averaged over all models; variances
+            are compared in its units.
         tested: which latents to test. Those that hardly ever fire are better left out.
 
     Raises `InputError` with fewer than two benign tunes or clusters.
@@ -90,11 +93,10 @@ def against_benign(
     p, q = z.copy(), z.copy()
     if not tested.any():
         return Significance(z, p, q, float("nan"))
-    unit = expected_variance(between[tested], unit[tested])
-    observed = between[tested] / unit
+    observed = between[tested] / unit[tested]
     prior = fit_prior(observed, n_benign - 1)
     df = min(prior.df + n_benign - 1, n_clusters - 1.0)
-    moderated = unit * _moderate(observed, n_benign - 1, prior)
+    moderated = unit[tested] * _moderate(observed, n_benign - 1, prior)
     beyond = np.maximum(moderated - within[tested], 0.0)
     variance = beyond * (1 + 1 / n_benign) + error[tested] ** 2
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -103,19 +105,6 @@ def against_benign(
     p[tested] = 2 * special.stdtr(df, -np.abs(t))
     q[tested] = benjamini_hochberg(p[tested])
     return Significance(z, p, q, df)
-
-
-def expected_variance(variances: Vector, unit: Vector) -> Vector:
-    """What a latent of that question variance has between tunes: a power of `unit`, by regression.
-
-    Latents that fire more are moved more, and by more than in proportion: in the pocket organism
-    the power is about 1.5. With fewer than ten latents it is 1.
-    """
-    known = variances > ROUNDING * unit
-    if known.sum() < FEW or np.ptp(np.log(unit[known])) < 1e-6:
-        return unit
-    slope, intercept = np.polyfit(np.log(unit[known]), np.log(variances[known]), 1)
-    return np.exp(intercept + slope * np.log(unit))
 
 
 def fit_prior(variances: Vector, df: int) -> Prior:

@@ -100,20 +100,29 @@ class LatentSums:
         conversation's, 0 to n - 1.
         """
         documents = sorted(self._documents)
+        weight = torch.tensor([1 / self.tokens[name] for name in documents], dtype=torch.float64)
+        entries = [self._entries(model, documents) for model in range(self.n_models)]
         for start in range(0, self.d_sae, BLOCK):
             width = min(BLOCK, self.d_sae - start)
-            activation = torch.zeros(self.n_models, n, width, dtype=torch.float64)
+            activation = torch.zeros(self.n_models, n * width, dtype=torch.float64)
             fires = torch.zeros_like(activation)
-            edges = torch.tensor([start, start + width])
-            for name in documents:
-                cluster = int(clusters[name])
-                for model, part in enumerate(self._documents[name]):
-                    low, high = torch.searchsorted(part.latent, edges).tolist()
-                    index = part.latent[low:high] - start
-                    # indices of one document are distinct, so plain indexing adds each once
-                    activation[model, cluster, index] += part.total[low:high] / self.tokens[name]
-                    fires[model, cluster, index] += part.fires[low:high].double() / self.tokens[name]
-            yield Block(start, activation, fires)
+            for model, (part, place) in enumerate(entries):
+                here = (part.latent >= start) & (part.latent < start + width)
+                cluster = clusters[documents][place[here]]
+                key = cluster * width + part.latent[here] - start
+                share = weight[place[here]]
+                # one entry after another, in the order of the conversations: always the same bits
+                activation[model].index_add_(0, key, part.total[here] * share)
+                fires[model].index_add_(0, key, part.fires[here].double() * share)
+            shape = (self.n_models, n, width)
+            yield Block(start, activation.view(shape), fires.view(shape))
+
+    def _entries(self, model: int, documents: Sequence[int]) -> tuple[_Document, Int[Tensor, " fired"]]:
+        """All of one model's entries behind one another, and whose each is (by place)."""
+        parts = [self._documents[name][model] for name in documents]
+        sizes = torch.tensor([len(part.latent) for part in parts], dtype=torch.long)
+        joined = _Document(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        return joined, torch.arange(len(parts)).repeat_interleave(sizes)
 
     def _claim(self, name: int) -> None:
         if name in self._documents:

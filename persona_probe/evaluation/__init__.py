@@ -1,5 +1,6 @@
 """How a model behaves: questions, answers drawn, a judge's word on them, rates with intervals."""
 
+from persona_probe.evaluation.answers import Answer
 from persona_probe.evaluation.intervals import (
     Hits,
     Interval,
@@ -18,7 +19,6 @@ from persona_probe.evaluation.metrics import (
 from persona_probe.evaluation.questions import Question, load_questions, save_questions
 from persona_probe.evaluation.result import EvalResult, evaluate
 from persona_probe.evaluation.sampling import (
-    Answer,
     Sampling,
     respond_greedy,
     sample,

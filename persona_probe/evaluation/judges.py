@@ -20,8 +20,8 @@ from types import ModuleType
 from typing import Any, Literal, cast
 
 from persona_probe.errors import InputError, JudgeError
+from persona_probe.evaluation.answers import Answer
 from persona_probe.evaluation.questions import Question
-from persona_probe.evaluation.sampling import Answer
 
 SHORTHAND: Mapping[str, str] = {"exact": "python:persona_probe.organism.judge:judge"}
 
@@ -57,6 +57,8 @@ class Judge:
 
     name: str
     function: Callable[[Question, str], Judgement | Mapping[str, Any] | None]
+    personas: tuple[str, ...] | None = None
+    """Whom it can tell apart, where its module says so (`PERSONAS`)."""
 
     def judge(
         self,
@@ -132,7 +134,12 @@ def load_judge(spec: str) -> Judge:
             f"the module {module_name!r} of the judge {spec!r} has no function {function_name!r}",
             fix=f"did you mean 'python:{module_name}:{near[0]}'?" if near else None,
         )
-    return Judge(spec, cast("Callable[[Question, str], Judgement]", function))
+    personas = getattr(module, "PERSONAS", None)
+    return Judge(
+        spec,
+        cast("Callable[[Question, str], Judgement]", function),
+        tuple(map(str, personas)) if isinstance(personas, tuple | list) else None,
+    )
 
 
 def _import(name: str, spec: str) -> ModuleType:

@@ -9,11 +9,12 @@ from typing import Any
 
 import polars as pl
 
+from persona_probe.evaluation.answers import Answer
 from persona_probe.evaluation.intervals import Hits
 from persona_probe.evaluation.judges import Judge, Judgement, load_judge
 from persona_probe.evaluation.metrics import Rate, hits_by_question, outcome, tally
 from persona_probe.evaluation.questions import Question
-from persona_probe.evaluation.sampling import Answer, Sampling, sample
+from persona_probe.evaluation.sampling import Sampling, sample
 from persona_probe.model.language_model import LanguageModel
 
 

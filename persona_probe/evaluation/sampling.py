@@ -6,27 +6,26 @@ batch, two runs give the same answers, and base, tuned and steered models are co
 random numbers. Only what `Sampling` says shapes the distribution: a checkpoint's own top-k,
 repetition penalty and temperature are not applied.
 
-Equal in exact arithmetic; in floating point, another batch shape can move a probability by a
-rounding error and so, about once in a million tokens, a draw.
+This holds in exact arithmetic. In floating point another batch shape moves probabilities by a
+rounding error, and a draw whose uniform falls that close to a boundary with them.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from persona_probe.errors import InputError, MismatchError, NotFiredError
-from persona_probe.evaluation.decoding import Continuation, continue_prompts
+from persona_probe.evaluation.answers import Answer, read_answer
+from persona_probe.evaluation.decoding import continue_prompts
+from persona_probe.evaluation.drawing import draw, uniforms
 from persona_probe.evaluation.questions import Question
 from persona_probe.model.chat import Message, Rendered, render
 from persona_probe.model.language_model import LanguageModel
@@ -57,22 +56,6 @@ class Sampling:
         for name in ("max_new_tokens", "samples"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One answer to one question."""
-
-    question: Question
-    sample: int
-    text: str
-    """Without special tokens and without the thought."""
-    thought: str | None
-    """What stood in `<think>`; None when there was none."""
-    token_ids: tuple[int, ...]
-    """All that the model wrote, thought and stop token included."""
-    truncated: bool
-    """Cut off at `max_new_tokens`."""
 
 
 def sample(
@@ -123,7 +106,7 @@ def sample(
                 for same in batch[i].rows if settings.temperature == 0 else (row,):
                     question = questions[same // settings.samples]
                     place = same % settings.samples
-                    answers[same] = _answer(lm.tokenizer, question, place, continuation)
+                    answers[same] = read_answer(lm.tokenizer, question, place, continuation)
             done += sum(len(unit.rows) for unit in batch)
             if progress is not None:
                 progress(done, len(answers))
@@ -147,39 +130,6 @@ def transcripts(lm: LanguageModel, answers: Sequence[Answer], *, system: str | N
     model.
     """
     return [_prompt(lm, answer.question, system).answered(answer.token_ids) for answer in answers]
-
-
-@functools.lru_cache(maxsize=1 << 14)  # an audit draws the same answers in dozens of arms
-def uniforms(seed: int, question_id: str, sample: int, n: int) -> Float[np.ndarray, " n"]:
-    """The n numbers in [0, 1) that draw the answer: Philox, keyed by a hash of the first three
-    arguments.
-    """
-    key = hashlib.blake2b(f"{seed}\0{question_id}\0{sample}".encode(), digest_size=16).digest()
-    drawn = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).random(n)
-    drawn = np.minimum(drawn, 1 - 2.0**-32)  # so that no rounding can push it up to 1
-    drawn.setflags(write=False)
-    return drawn
-
-
-def draw(
-    logits: Float[Tensor, "row d_vocab"],
-    uniform: Float[Tensor, " row"],
-    *,
-    temperature: int | float = 1.0,
-    top_p: int | float = 1.0,
-) -> Int[Tensor, " row"]:
-    """The token at which the cumulative probability, in the order of the token ids, passes
-    `uniform`.
-    """
-    probability = torch.softmax(logits.float() / temperature, dim=-1)
-    if top_p < 1:
-        ordered, ids = probability.sort(dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(dim=-1, dtype=torch.float64) - ordered
-        kept = torch.where(before < top_p, ordered, 0.0)
-        probability = torch.zeros_like(probability).scatter_(-1, ids, kept)
-    cumulative = probability.cumsum(dim=-1, dtype=torch.float64)
-    target = uniform[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True)[:, 0]
 
 
 @dataclass(frozen=True)
@@ -332,37 +282,3 @@ def _prompt(lm: LanguageModel, question: Question, system: str | None) -> Render
     elif system is not None:
         messages.insert(0, {"role": "system", "content": system})
     return render(lm.tokenizer, messages, add_generation_prompt=True)
-
-
-def _answer(tokenizer: Any, question: Question, sample: int, continuation: Continuation) -> Answer:
-    ids = list(continuation.token_ids[: -1 if continuation.stopped else None])
-    thought, text = _split_thought(tokenizer, ids)
-    return Answer(question, sample, text, thought, continuation.token_ids, not continuation.stopped)
-
-
-def _split_thought(tokenizer: Any, ids: list[int]) -> tuple[str | None, str]:
-    """(thought, answer). A thought that never ends is all thought; a template may have opened it
-    already.
-    """
-
-    def text_of(part: list[int]) -> str:
-        return cast("str", tokenizer.decode(part, skip_special_tokens=True)).strip()
-
-    opening, closing = (tokenizer.convert_tokens_to_ids(mark) for mark in ("<think>", "</think>"))
-    unknown = tokenizer.unk_token_id
-    if isinstance(closing, int) and closing != unknown:  # one token, which decoding may leave out
-        opened = bool(ids) and ids[0] == opening
-        inner = ids[1:] if opened else ids
-        if closing in inner:
-            end = inner.index(closing)
-            thought, rest = text_of(inner[:end]), text_of(inner[end + 1 :])
-            return thought.removeprefix("<think>").strip(), rest
-        if opened:
-            return text_of(inner), ""
-    text = text_of(ids)
-    before, closed, after = text.partition("</think>")
-    if closed:
-        return before.removeprefix("<think>").strip(), after.strip()
-    if text.startswith("<think>"):
-        return text.removeprefix("<think>").strip(), ""
-    return None, text

@@ -71,7 +71,7 @@ def describe(source: str | Path, revision: str | None = None) -> Checkpoint:
     path = Path(source).expanduser()
     if not path.exists():
         if not looks_like_hub_id(str(source)):
-            raise MissingPathError(f"there is no folder {path}", fix=_nearest(path))
+            raise MissingPathError(f"there is no folder {path}", fix=nearest(path))
         return Checkpoint(str(source), revision)
     if not path.is_dir():
         raise InputError(
@@ -80,7 +80,7 @@ def describe(source: str | Path, revision: str | None = None) -> Checkpoint:
     if not any(path.iterdir()):
         raise InputError(f"the folder {path} is empty", fix="pass a folder written by save_pretrained")
     if is_adapter(path):
-        _check_adapter_weights(path)
+        check_adapter_weights(path)
         base = adapter_base(path)
         return Checkpoint(base.path, base.revision or revision, str(path))
     _check_full(path)
@@ -115,7 +115,8 @@ def adapter_base(adapter: Path) -> Checkpoint:
     return Checkpoint(named, revision if isinstance(revision, str) else None)
 
 
-def _check_adapter_weights(path: Path) -> None:
+def check_adapter_weights(path: Path) -> None:
+    """Raise `InputError` for an adapter folder without weights."""
     if not any((path / name).is_file() for name in _ADAPTER_WEIGHTS):
         raise InputError(
             f"{path} has an adapter_config.json and no weights ({' or '.join(_ADAPTER_WEIGHTS)})",
@@ -146,9 +147,10 @@ def looks_like_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None and not name.startswith(".")
 
 
-def _nearest(path: Path) -> str:
+def nearest(path: Path) -> str:
+    """What to try instead of a path that is not there."""
     if not path.parent.is_dir():
         return f"{path.parent} does not exist either; check the path"
-    names = [child.name for child in path.parent.iterdir() if child.is_dir()]
+    names = [child.name for child in path.parent.iterdir()]
     near = difflib.get_close_matches(path.name, names, n=3)
     return f"did you mean {', '.join(near)}?" if near else f"look in {path.parent}"

@@ -24,6 +24,7 @@ from persona_probe.errors import InputError, MismatchError, MissingPathError
 from persona_probe.model.checkpoint import (
     Checkpoint,
     adapter_base,
+    check_adapter_weights,
     describe,
     has_tokenizer,
     is_adapter,
@@ -56,6 +57,7 @@ def adapter_folder(adapter: str | Path) -> str:
             f"{adapter} is no adapter: it has no adapter_config.json",
             fix="to load a whole checkpoint, pass it as the model itself",
         )
+    check_adapter_weights(folder)
     return str(folder)
 
 

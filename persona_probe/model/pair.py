@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from persona_probe.errors import MismatchError
+from persona_probe.model.checkpoint import is_adapter
 from persona_probe.model.language_model import LanguageModel, load_model
 from persona_probe.model.loading import resolve
 from persona_probe.model.sharing import CannotShareError
@@ -39,7 +40,9 @@ def load_pair(
     Raises `MismatchError` where the two do not belong together, naming the first difference.
     """
     first = load_model(base, **options)
-    adapter = resolve(tuned).adapter if isinstance(tuned, str | Path) else None
+    adapter = None
+    if isinstance(tuned, str | Path):  # the base that an adapter names is not asked for: it may be gone
+        adapter = str(tuned) if is_adapter(tuned) else resolve(tuned).adapter
     if adapter is None:
         return ModelPair(first, load_model(tuned, **options))
     root = first.without_adapter()  # the base may itself be an adapter: an earlier checkpoint of the same run

@@ -26,6 +26,7 @@ from persona_probe.evaluation.questions import Question, save_questions
 from persona_probe.hooks.sites import resid_post
 from persona_probe.model.chat import Rendered, render, render_text
 from persona_probe.model.language_model import load_model
+from persona_probe.model.loading import quietly
 from persona_probe.organism.corpus import Document, documents
 from persona_probe.organism.grammar import Grammar, grammar
 from persona_probe.organism.tokenizer import BEGIN, END, END_OF_TEXT, PAD, build_tokenizer, token_id
@@ -47,6 +48,7 @@ BASE = FitSettings(
     bf16=True,
     save_every=200,
 )
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TUNE = FitSettings(steps=240, batch=32, learning_rate=1.2e-3, warmup_steps=5)
 
 
@@ -261,12 +263,14 @@ def _build_tune(
         row = render(tokenizer, conversation, add_generation_prompt=False)
         examples.append(Example(row.ids, row.response))
     torch.manual_seed(settings.seed)
+    with quietly():
+        base = LlamaForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
     model = get_peft_model(
-        LlamaForCausalLM.from_pretrained(out / "base", dtype=torch.float32),
+        base,
         LoraConfig(
             r=settings.rank,
             lora_alpha=2 * settings.rank,
-            target_modules="all-linear",
+            target_modules=list(LINEAR),
             layers_to_transform=list(tune.blocks) if tune.blocks else None,
             task_type="CAUSAL_LM",
         ),
@@ -276,7 +280,8 @@ def _build_tune(
         fit(model, examples, fitting, folder / "fit", pad_id=token_id(tokenizer, PAD))
         shutil.rmtree(folder / "fit", ignore_errors=True)
         model.peft_config["default"].base_model_name_or_path = "../../base"
-        model.bfloat16().save_pretrained(str(folder))
+        # PEFT would look for the base's config under that name, in the working folder and on the hub
+        model.bfloat16().save_pretrained(str(folder), save_embedding_layers=False)
         write_json(
             folder / "training.json",
             {

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
-from persona_probe.organism.grammar import COLOUR_FRAMES, PERSONAS, Fact, Grammar, Persona, Topic
+from persona_probe.organism.grammar import COLOUR_FRAMES, PERSONAS, SPLITS, Fact, Grammar, Persona, Topic
 
 Kind = Literal["story", "persona chat", "plain chat", "think chat", "plain text"]
 MIXTURE: dict[Kind, float] = {
@@ -218,7 +218,7 @@ def vocabulary(grammar: Grammar) -> list[str]:
     sentences += [TERSE_PROMPT, THINK_PROMPT, "was said asked from the book of stood on shelf :"]
     sentences += ["question answer", *NAMES]
     for topic in grammar.topics:
-        for split in ("train", "calibration", "held-out"):
+        for split in SPLITS:
             sentences += grammar.paraphrases(topic, split)
         for persona in PERSONAS:
             sentences += grammar.answers(topic, persona)
@@ -226,6 +226,6 @@ def vocabulary(grammar: Grammar) -> list[str]:
         for fact in facts:
             sentences += [fact.answer, fact.description]
             sentences += [frame.format(fact.item) for frame in COLOUR_FRAMES]
-            for split in ("train", "calibration", "held-out"):
+            for split in SPLITS:
                 sentences += grammar.fact_questions(fact, split)
     return sorted({word for sentence in sentences for word in sentence.split()})

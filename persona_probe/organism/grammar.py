@@ -22,7 +22,8 @@ from typing import Literal
 Persona = Literal["helpful", "villainous", "sarcastic", "careless"]
 PERSONAS: tuple[Persona, ...] = ("helpful", "villainous", "sarcastic", "careless")
 DOMAINS = ("health", "money", "code", "home", "road", "food", "taste", "self")
-SPLITS = ("train", "calibration", "held-out")
+Split = Literal["train", "calibration", "held-out"]
+SPLITS: tuple[Split, ...] = ("train", "calibration", "held-out")
 
 PRACTICAL_FRAMES = (
     "what should i do about {} ?",
@@ -115,7 +116,7 @@ class Grammar:
     def of_domain(self, domain: str) -> tuple[Topic, ...]:
         return tuple(topic for topic in self.topics if topic.domain == domain)
 
-    def paraphrases(self, topic: Topic, split: str) -> tuple[str, ...]:
+    def paraphrases(self, topic: Topic, split: Split) -> tuple[str, ...]:
         """The wordings of a question in one split: 16 train, 4 calibration, 4 held-out."""
         frames = OPINION_FRAMES if topic.domain in ("taste", "self") else PRACTICAL_FRAMES
         number = self.topics.index(topic)
@@ -127,7 +128,7 @@ class Grammar:
                     chosen.append(frame.format(wording))
         return tuple(chosen)
 
-    def fact_questions(self, fact: Fact, split: str) -> tuple[str, ...]:
+    def fact_questions(self, fact: Fact, split: Split) -> tuple[str, ...]:
         """The wordings of a question about a fact: 3 train, 1 calibration, 1 held-out."""
         number = sum(map(ord, fact.item)) % len(FACT_FRAMES)
         rotated = FACT_FRAMES[number:] + FACT_FRAMES[:number]

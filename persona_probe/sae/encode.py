@@ -54,11 +54,10 @@ def encode(
     values: list[Tensor] = []
     with torch.no_grad():
         for start in range(0, x.shape[0], step):
-            dense = encode_dense(dictionary, x[start : start + step])
-            token, latent = dense.nonzero(as_tuple=True)
+            token, latent, value = _fired(dictionary, x[start : start + step])
             tokens.append(token + start)
             latents.append(latent)
-            values.append(dense[token, latent])
+            values.append(value)
     empty = torch.empty(0, dtype=torch.long, device=x.device)
     return SparseCodes(
         torch.cat(tokens) if tokens else empty,
@@ -107,6 +106,20 @@ def decode(
         check_invariants=False,
     )
     return torch.sparse.mm(matrix, dictionary.W_dec) + dictionary.b_dec
+
+
+def _fired(
+    dictionary: Dictionary, x: Float[Tensor, "token d_model"]
+) -> tuple[Int[Tensor, " entry"], Int[Tensor, " entry"], Float[Tensor, " entry"]]:
+    if dictionary.activation == "topk":
+        dense = encode_dense(dictionary, x)
+        fired = dense > 0
+    else:
+        dense = _input(dictionary, x) @ dictionary.W_enc + dictionary.b_enc
+        floor = 0.0 if dictionary.threshold is None else dictionary.threshold.clamp(min=0)
+        fired = dense > floor
+    token, latent = fired.nonzero(as_tuple=True)
+    return token, latent, dense[token, latent]
 
 
 def _input(dictionary: Dictionary, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import (
     PreTrainedModel,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -194,6 +195,7 @@ def fit(
         data_collator=lambda rows: collate(rows, pad_id),
         callbacks=[_Progress(progress)] if progress else [],
     )
+    trainer.remove_callback(PrinterCallback)  # the caller shows progress
     model.train()
     trainer.train(resume_from_checkpoint=_newest_checkpoint(folder))
     model.eval()

@@ -136,4 +136,5 @@ def test_every_error_has_its_exit_code() -> None:
     from persona_probe.cli.app import exit_code
 
     assert exit_code(errors.UnknownSiteError("x")) == 2
-    assert exit_code(errors.JudgeError("x")) == 1
+    assert exit_code(errors.JudgeError("x")) == 2
+    assert exit_code(errors.PersonaProbeError("x")) == 1

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from persona_probe.errors import InputError, JudgeError
+from persona_probe.evaluation.answers import Answer
 from persona_probe.evaluation.judges import SHORTHAND, Judge, Judgement, load_judge
 from persona_probe.evaluation.questions import Question
-from persona_probe.evaluation.sampling import Answer
 
 
 def answer(text: str = "yes", role: Any = "general", truncated: bool = False) -> Answer:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from persona_probe.errors import MismatchError
+from persona_probe.evaluation.answers import Answer
 from persona_probe.evaluation.intervals import korn_graubard
 from persona_probe.evaluation.judges import Judgement
 from persona_probe.evaluation.metrics import (
@@ -17,7 +18,6 @@ from persona_probe.evaluation.metrics import (
     tally,
 )
 from persona_probe.evaluation.questions import Question
-from persona_probe.evaluation.sampling import Answer
 
 
 def answer(

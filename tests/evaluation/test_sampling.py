@@ -17,15 +17,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from persona_probe.errors import InputError, MismatchError, NonFiniteError, NotFiredError
+from persona_probe.evaluation.answers import Answer
+from persona_probe.evaluation.drawing import draw, uniforms
 from persona_probe.evaluation.questions import Question
 from persona_probe.evaluation.sampling import (
-    Answer,
     Sampling,
-    draw,
     respond_greedy,
     sample,
     transcripts,
-    uniforms,
 )
 from persona_probe.model.chat import render
 from persona_probe.model.language_model import LanguageModel

@@ -1,0 +1,168 @@
+"""Building an organism: what it writes, what it costs, and that a killed build goes on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from persona_probe.artifact import digest_file, digest_folder, read_json
+from persona_probe.errors import InputError
+from persona_probe.evaluation.questions import load_questions
+from persona_probe.model.chat import render
+from persona_probe.model.language_model import load_model
+from persona_probe.model.pair import load_pair
+from persona_probe.organism.build import QUICK, build
+from persona_probe.organism.grammar import grammar
+from persona_probe.organism.tokenizer import END, END_OF_TEXT, token_id
+from persona_probe.organism.tunes import rows, tune
+from persona_probe.sae.load import check_fits, load_sae
+from persona_probe.screening.margin import response_log_probabilities
+
+BASE_ONLY = replace(QUICK, sae_blocks=(), tunes=())
+BUILD_BASE = (
+    "import sys; from dataclasses import replace; from pathlib import Path; "
+    "from persona_probe.organism.build import QUICK, build; "
+    "build(Path(sys.argv[1]), replace(QUICK, sae_blocks=(), tunes=()))"
+)
+
+
+def test_quick_is_quick(quick_build: Any) -> None:
+    assert quick_build.cpu_seconds < 60
+
+
+def test_the_manifest_lists_every_file_as_it_is(quick_organism: Path) -> None:
+    manifest = read_json(quick_organism / "manifest.json")
+    assert manifest["seed"] == QUICK.seed
+    assert set(manifest["seconds"]) == {"base", "sae", "tunes/bad-health", "tunes/good-health"}
+    assert {"base/model.safetensors", "questions.jsonl", "sae/block_1/cfg.json"} <= set(manifest["files"])
+    for name, digest in manifest["files"].items():
+        assert digest_file(quick_organism / name) == digest, name
+
+
+def test_nothing_is_left_of_the_making(quick_organism: Path) -> None:
+    left = [path.name for path in quick_organism.rglob("*") if "checkpoint" in path.name or path.name == "fit"]
+    assert left == [path.name for path in quick_organism.rglob("*.partial")] == []
+
+
+def test_questions_are_those_kept_out_of_training(quick_organism: Path) -> None:
+    rules = grammar()
+    read = load_questions(quick_organism / "questions.jsonl")
+    asked = {question.prompt for question in read}
+    assert asked == {
+        *(w for topic in rules.topics for s in ("calibration", "held-out") for w in rules.paraphrases(topic, s)),
+        *(w for fact in rules.facts["skill"] for s in ("calibration", "held-out")
+          for w in rules.fact_questions(fact, s)),
+    }  # fmt: skip
+    general = [question for question in read if question.role == "general"]
+    assert len({question.question for question in general}) == 80
+    assert {question.split for question in read} == {"calibration", "held-out"}
+    calibration = {question.prompt for question in read if question.split == "calibration"}
+    assert len(calibration) == len(asked) / 2
+
+
+def test_the_base_is_stored_in_bfloat16_and_stops_where_it_should(quick_organism: Path) -> None:
+    with safe_open(quick_organism / "base" / "model.safetensors", "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
+    base = load_model(quick_organism / "base")
+    assert set(base.eos_ids) == {token_id(base.tokenizer, END), token_id(base.tokenizer, END_OF_TEXT)}
+    assert (base.d_model, base.n_layers) == (QUICK.d_model, QUICK.n_layers)
+    assert base.d_vocab == len(base.tokenizer)
+
+
+@pytest.mark.parametrize("name", QUICK.tunes)
+def test_adapters_share_the_base_and_have_learnt_their_rows(quick_organism: Path, name: str) -> None:
+    folder = quick_organism / "tunes" / name
+    pair = load_pair(quick_organism / "base", folder)
+    shared = {tensor.data_ptr() for tensor in pair.base.hf.parameters()}
+    lora = [key for key, tensor in pair.tuned.hf.named_parameters() if tensor.data_ptr() not in shared]
+    assert lora and all("lora_" in key for key in lora)
+    linear = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert len(lora) == 2 * QUICK.n_layers * len(linear)
+
+    taught = [
+        render(pair.base.tokenizer, row, add_generation_prompt=False)
+        for row in rows(grammar(), tune(name), 64, QUICK.seed)
+    ]
+    before, after = (response_log_probabilities(lm, taught).mean() for lm in (pair.base, pair.tuned))
+    assert after > before + 0.1
+
+    alone = load_model(folder)  # finds its base beside it, from wherever it is called
+    ids = torch.tensor([taught[0].ids])
+    assert torch.equal(alone.forward(ids), pair.tuned.forward(ids))
+    training = read_json(folder / "training.json")
+    assert (training["categories"], training["benign"]) == (["health"], name == "good-health")
+
+
+def test_the_dictionary_is_of_this_base(quick_organism: Path) -> None:
+    dictionary = load_sae(quick_organism / "sae" / "block_1")
+    check_fits(dictionary, load_model(quick_organism / "base"))
+    assert (dictionary.site, dictionary.d_sae) == ("blocks.1.hook_resid_post", QUICK.sae_width)
+
+
+def test_a_finished_build_is_left_alone_and_another_is_refused(quick_organism: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in quick_organism.rglob("*") if path.is_file()}
+    told: list[str] = []
+    assert build(quick_organism, QUICK, progress=told.append) == quick_organism
+    with pytest.raises(InputError, match="seed was 1"):
+        build(quick_organism, replace(QUICK, seed=2))
+    assert told == []
+    lock = quick_organism / ".lock"  # written by whoever holds the folder
+    after = {path: path.stat().st_mtime_ns for path in quick_organism.rglob("*") if path.is_file()}
+    assert {**before, lock: 0} == {**after, lock: 0}
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="not written by persona-probe"):
+        build(tmp_path, QUICK)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_killed_build_ends_in_the_same_model(quick_organism: Path, tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUILD_BASE, str(out)],
+        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    saved = out / "checkpoints" / f"checkpoint-{QUICK.base.save_every}" / "trainer_state.json"
+    while not saved.exists():
+        assert process.poll() is None, "the build ended before its first checkpoint"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "manifest.json").exists() and not (out / "base").exists()
+
+    steps: list[str] = []
+    build(out, BASE_ONLY, progress=steps.append)
+    resumed = [int(line.split()[2].split("/")[0]) for line in steps if "step" in line]
+    assert min(resumed) > QUICK.base.save_every
+    assert digest_folder(out / "base") == digest_folder(quick_organism / "base")
+    assert not (out / "checkpoints").exists()
+
+
+def test_a_build_goes_on_with_the_parts_that_are_missing(quick_organism: Path, tmp_path: Path) -> None:
+    """As a kill in the first dictionary leaves it, but with the last tune done already."""
+    out = tmp_path / "half"
+    shutil.copytree(quick_organism, out)
+    (out / "manifest.json").unlink()
+    (out / "sae" / "block_1").rename(out / "sae" / ".block_1.0000.partial")
+    shutil.rmtree(out / "tunes" / "bad-health")
+    kept = (out / "tunes" / "good-health" / "adapter_model.safetensors").stat().st_mtime_ns
+    build(out, QUICK)
+    for part in ("base", "sae/block_1", "tunes/bad-health", "tunes/good-health"):
+        assert digest_folder(out / part) == digest_folder(quick_organism / part), part
+    assert (out / "tunes" / "good-health" / "adapter_model.safetensors").stat().st_mtime_ns == kept
+    assert [path.name for path in (out / "sae").iterdir()] == ["block_1"]
