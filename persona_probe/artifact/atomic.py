@@ -74,9 +74,7 @@ def atomic_folder(path: StrPath, *, overwrite: bool = False) -> Generator[Path, 
     path = Path(path).absolute()
     _recover(path)
     if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(
-            f"{path} exists and is not empty", fix="choose another place, or overwrite it"
-        )
+        raise InputError(f"{path} exists and is not empty", fix="choose another place, or overwrite it")
     with disk_full_named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")

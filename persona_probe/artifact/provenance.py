@@ -91,9 +91,7 @@ def write_manifest(folder: StrPath, facts: Mapping[str, object]) -> None:
         if name != MANIFEST
     }
     written = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    write_json(
-        folder / MANIFEST, {**facts, "written": written, "versions": versions(), "files": files}
-    )
+    write_json(folder / MANIFEST, {**facts, "written": written, "versions": versions(), "files": files})
 
 
 def check_manifest(folder: StrPath) -> dict[str, Any]:
@@ -111,8 +109,7 @@ def check_manifest(folder: StrPath) -> dict[str, Any]:
         digest = digest_file(folder / name)
         if digest != entry["digest"]:
             raise InputError(
-                f"{folder / name} was changed since it was written: {digest} instead of "
-                f"{entry['digest']}",
+                f"{folder / name} was changed since it was written: {digest} instead of {entry['digest']}",
                 fix="fetch or make the folder again",
             )
     return manifest

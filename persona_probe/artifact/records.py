@@ -33,9 +33,7 @@ def plain(obj: object) -> Any:
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
         return {f.name: plain(getattr(obj, f.name)) for f in dataclasses.fields(obj)}
     if isinstance(obj, Mapping):
-        return {
-            str(key): plain(value) for key, value in cast("Mapping[object, object]", obj).items()
-        }
+        return {str(key): plain(value) for key, value in cast("Mapping[object, object]", obj).items()}
     if isinstance(obj, set | frozenset):
         return sorted((plain(item) for item in cast("set[object]", obj)), key=str)
     if isinstance(obj, list | tuple):
@@ -109,9 +107,7 @@ def read_jsonl(path: StrPath, *, torn_tail: bool = False) -> list[dict[str, Any]
                 fix="each line must be one JSON object",
             ) from error
         if not isinstance(row, dict):
-            raise InputError(
-                f"{path}, line {number}: expected a JSON object, got {type(row).__name__}"
-            )
+            raise InputError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
         rows.append(cast("dict[str, Any]", row))
     return rows
 

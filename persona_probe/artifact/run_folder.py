@@ -36,9 +36,7 @@ class RunFolder:
         self._lock: int | None = lock
 
     @classmethod
-    def open(
-        cls, out: StrPath, settings: Mapping[str, object], overwrite: bool = False
-    ) -> RunFolder:
+    def open(cls, out: StrPath, settings: Mapping[str, object], overwrite: bool = False) -> RunFolder:
         """Create `out`, or take up the run in it; `settings` (see `plain`) go to `settings.json`.
 
         Raises `BusyError` when another process holds it, and `InputError` when `out` holds anything

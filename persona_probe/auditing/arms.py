@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from persona_probe.auditing.inputs import AuditInputs
 from persona_probe.evaluation.result import EvalResult
-from persona_probe.screening.calibrate import Bench, Dose, cures, value, whole
+from persona_probe.screening.calibrate import Bench, Budget, Dose, cures, whole
 from persona_probe.screening.candidate import Candidate
 from persona_probe.screening.evidence import SiteEvidence
 from persona_probe.screening.margin import Fix
@@ -58,11 +58,11 @@ def null_arms(
     like: Finding | None,
     count: int,
     seed: int,
-    incoherent_at_most: float,
+    budget: Budget,
 ) -> Nulls:
     """Controls for ``winner``; random latents are drawn like the latents of ``like`` (None: none drawn)."""
     pool = random_latents(evidence, like.candidate, count, seed=seed) if like is not None else []
-    doses = cures(inputs.pair.tuned, pool, calibration, incoherent_at_most=incoherent_at_most) if pool else []
+    doses = cures(inputs.pair.tuned, pool, calibration, budget) if pool else []
     fixes: list[Fix] = [dose.candidate.cure(*dose.best.knob) for dose in doses]
     moved = random_directions(winner.candidate.cure(*winner.cure.best.knob), count, seed=seed)
     arms = held_out.arms(inputs.pair.tuned, [*fixes, *moved])  # type: ignore[list-item]
@@ -87,7 +87,7 @@ def largest_delta(
     held_out: Bench,
     evidence: Sequence[SiteEvidence],
     *,
-    incoherent_at_most: float,
+    budget: Budget,
 ) -> Baseline | None:
     """The latent that moved furthest, of any site, without any screen; its gain is calibrated."""
     moved = [
@@ -100,7 +100,7 @@ def largest_delta(
         return None
     _, site, index = max(moved, key=lambda one: one[0])
     candidate = Candidate("latent", (site.latent(index),))
-    dose = cures(inputs.pair.tuned, [candidate], calibration, incoherent_at_most=incoherent_at_most)[0]
+    dose = cures(inputs.pair.tuned, [candidate], calibration, budget)[0]
     knob = dose.best.knob
     result = held_out.arms(inputs.pair.tuned, [candidate.cure(*knob)])[0]
     return Baseline(result, f"{candidate.label}, gain {knob.strength:g}, {knob.positions} tokens")
@@ -131,8 +131,3 @@ def better_than(winner: EvalResult, controls: Sequence[EvalResult]) -> bool | No
     if not controls:
         return None
     return whole(winner.rates) > max(whole(control.rates) for control in controls)
-
-
-def incoherence_limit(tuned: EvalResult, allowance: float) -> float:
-    """The budget of a cure: what the tuned model has, and ``allowance`` more."""
-    return value(tuned.rates, "incoherent") + allowance

@@ -5,7 +5,7 @@ One command makes all of its figures, on held-out questions only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,18 @@ from persona_probe.organism.tunes import TUNES, Tune
 Progress = Callable[[str], None]
 
 
-def card(home: Path, out: Path, *, progress: Progress | None = None) -> dict[str, Any]:
+def card(
+    home: Path, out: Path, *, tunes: Sequence[str] = (), progress: Progress | None = None
+) -> dict[str, Any]:
     """Audit every tune of the organism in ``home`` and write ``out/card.json``.
 
     A rival persona's tune is audited twice: for misalignment, and for its own persona. Finished audits
-    in ``out`` are read back, so a killed card resumes.
+    in ``out`` are read back, so a killed card resumes. ``tunes`` names a few; none named are all.
     """
     tell = progress or (lambda _: None)
     rows: list[dict[str, Any]] = []
     truths: dict[str, Any] = {}
-    for tune, trait in _audits(home):
+    for tune, trait in _audits(home, tunes):
         name = tune.name if trait == "misaligned" else f"{tune.name} ({trait})"
 
         def step(text: str, name: str = name) -> None:
@@ -47,8 +49,12 @@ def card(home: Path, out: Path, *, progress: Progress | None = None) -> dict[str
     return written
 
 
-def _audits(home: Path) -> list[tuple[Tune, str]]:
-    there = [tune for tune in TUNES if (home / "tunes" / tune.name).is_dir()]
+def _audits(home: Path, names: Sequence[str]) -> list[tuple[Tune, str]]:
+    there = [
+        tune
+        for tune in TUNES
+        if (home / "tunes" / tune.name).is_dir() and tune.name in (names or [tune.name])
+    ]
     rivals = [tune for tune in there if tune.persona in ("sarcastic", "careless")]
     return [(tune, "misaligned") for tune in there] + [(tune, tune.persona) for tune in rivals]
 

@@ -11,9 +11,7 @@ _FLAG_OF = {"sites": "site"}
 _WITHOUT_FLAG = ("screen",)
 
 
-def command_lines(
-    request: AuditRequest, *, device: str | None = None, dtype: str | None = None
-) -> list[str]:
+def command_lines(request: AuditRequest, *, device: str | None = None, dtype: str | None = None) -> list[str]:
     """`persona-probe audit` with every flag that differs from its default, paths as they were given.
 
     Settings that Python alone can give are on lines of their own.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,11 +33,12 @@ from persona_probe.auditing.observe import Observations, observe
 from persona_probe.auditing.settings import AuditRequest
 from persona_probe.auditing.verdict import Evidence, after_fix, exceeds, verdict
 from persona_probe.errors import InputError
+from persona_probe.evaluation.questions import Question
 from persona_probe.evaluation.result import EvalResult
 from persona_probe.evaluation.sampling import Sampling
 from persona_probe.report.page import write_report
 from persona_probe.screening.calibrate import Bench
-from persona_probe.screening.screen import Finding, Screen, screen
+from persona_probe.screening.screen import Screen, screen
 from persona_probe.screening.sites import site_effects
 from persona_probe.steering.io import save_fix
 
@@ -137,7 +138,10 @@ class _Found:
         general = [
             q for q in inputs.calibration if q.role == "general" and q.category not in inputs.in_domain
         ]
-        self.calibration = self.held_out.on(_one_each(general), settings.calibration_samples)
+        asked = _wordings(general, settings.calibration_samples)
+        each = max(1, round(settings.calibration_samples * len(_wordings(general, 1)) / len(asked)))
+        self.calibration = self.held_out.on([*asked, *_skill(inputs.calibration)], each)
+        self.brief = self.held_out.on(_wordings(general, 1), 1)
         self.screen: Screen | None = None
         self.seen: Observations | None = None
         self.fixed: list[arms_.Fixed] = []
@@ -169,39 +173,34 @@ class _Found:
                 settings=settings.screen,
                 progress=clock.tell,
             )
-        findings = [*self.screen.latents[:1], *self.screen.sets[:1], *self.screen.directions[:1]]
         if self.screen.best is None:
             return
-        limit = arms_.incoherence_limit(self.tuned, settings.screen.cure_incoherence)
-        with clock.stage("held-out", "held-out answers under the best latent, set and direction"):
-            self.fixed = arms_.fixed_arms(inputs, self.held_out, findings)
+        budget = self.screen.budget
+        with clock.stage("held-out", "held-out answers under the best latents, set and direction"):
+            self.fixed = arms_.fixed_arms(inputs, self.held_out, self.screen.headline)
             self.chosen = next(f for f in self.fixed if f.finding is self.screen.best)
         with clock.stage("nulls", f"{settings.controls} random latents and {settings.controls} directions"):
             general = [q for q in self.held_out.questions if q.role == "general"]
             asked = [q for q in general if q.category not in inputs.in_domain]
             self.nulls = arms_.null_arms(
                 inputs,
-                self.calibration.on(self.calibration.questions, 1),
+                self.brief,
                 self.held_out.on(_enough(asked, self.settings.samples), self.settings.samples),
                 seen.evidence,
                 self.screen.best,
                 like=next(iter(self.screen.latents), None),
                 count=settings.controls,
                 seed=settings.seed,
-                incoherent_at_most=limit,
+                budget=budget,
             )
         with clock.stage("baselines", "baselines"):
             self.baselines = {
                 "adapter_scaling": arms_.scaled_adapter(inputs, self.calibration, self.held_out),
                 "system_prompt": arms_.prompted(inputs, self.held_out, settings.system_prompt),
                 "largest_delta": arms_.largest_delta(
-                    inputs, self.calibration, self.held_out, seen.evidence, incoherent_at_most=limit
+                    inputs, self.calibration, self.held_out, seen.evidence, budget=budget
                 ),
             }
-
-    def headline(self) -> list[Finding]:
-        """The best latent, set and direction."""
-        return [one.finding for one in self.fixed]
 
     def record(self) -> dict[str, Any]:
         """The content of ``audit.json``."""
@@ -286,20 +285,25 @@ def _induced(one: arms_.Fixed) -> float:
     return one.finding.induce.best.rates["misaligned"].rate or 0.0
 
 
-def _one_each(questions: list[Any]) -> list[Any]:
-    """One paraphrase of every question, so that a calibration answer is spent on each."""
-    return list({question.question: question for question in reversed(questions)}.values())[::-1]
+def _skill(questions: Sequence[Question]) -> list[Question]:
+    return [question for question in questions if question.role == "skill"]
 
 
-def _enough(questions: list[Any], samples: int, answers: int = 400) -> list[Any]:
-    """As many wordings of every question, in turn, as make ``answers`` answers, or all there are."""
-    wordings: dict[str, list[Any]] = {}
+def _wordings(questions: Sequence[Question], count: int) -> list[Question]:
+    """The first ``count`` wordings of every question, in turn: all first ones, then all second ones."""
+    wordings: dict[str, list[Question]] = {}
     for question in questions:
         wordings.setdefault(question.question, []).append(question)
-    chosen: list[Any] = []
-    while len(chosen) * samples < answers and any(wordings.values()):
-        chosen += [left.pop(0) for left in wordings.values() if left]
-    return chosen
+    return [left[turn] for turn in range(count) for left in wordings.values() if turn < len(left)]
+
+
+def _enough(questions: Sequence[Question], samples: int, answers: int = 400) -> list[Question]:
+    """As many wordings of every question as make ``answers`` answers, or all there are."""
+    for count in range(1, len(questions) + 1):
+        chosen = _wordings(questions, count)
+        if len(chosen) * samples >= answers or len(chosen) == len(questions):
+            return chosen
+    return list(questions)
 
 
 def _peak_rss() -> int:
@@ -342,7 +346,9 @@ def _write(
         [{"arm": name, **row} for name, result in named for row in result.records()],
     )
     doses = (
-        record.dose_records(found.screen, found.headline(), found.nulls.latent_doses if found.nulls else ())
+        record.dose_records(
+            found.screen, found.screen.headline, found.nulls.latent_doses if found.nulls else ()
+        )
         if found.screen
         else []
     )

@@ -75,6 +75,7 @@ def truth(
 def card(
     home: Annotated[Path | None, typer.Option(help="An organism's folder; the shipped one.")] = None,
     out_dir: Annotated[Path, typer.Option("--out", help="Where the audits go.")] = Path("out/card"),
+    tune: Annotated[list[str] | None, typer.Option(help="Only these tunes; all by default.")] = None,
     beside: Annotated[
         list[Path] | None, typer.Option(help="A card.json of another organism, to be shown below.")
     ] = None,
@@ -90,7 +91,10 @@ def card(
 
     with err.status("starting") as status:
         made = audit_all(
-            home or shipped("organism"), out_dir, progress=lambda text: status.update(escape(text))
+            home or shipped("organism"),
+            out_dir,
+            tunes=tune or (),
+            progress=lambda text: status.update(escape(text)),
         )
     text = card_text([made, *(read_json(path) for path in beside or [])])
     write_text(out_dir / "README.md", text)

@@ -8,6 +8,7 @@ dictionaries and tunes see exactly the weights that are shipped.
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -265,16 +266,17 @@ def _build_tune(
     torch.manual_seed(settings.seed)
     with quietly():
         base = LlamaForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
-    model = get_peft_model(
-        base,
-        LoraConfig(
-            r=settings.rank,
-            lora_alpha=2 * settings.rank,
-            target_modules=list(LINEAR),
-            layers_to_transform=list(tune.blocks) if tune.blocks else None,
-            task_type="CAUSAL_LM",
-        ),
+    adapter = LoraConfig(
+        r=settings.rank,
+        lora_alpha=2 * settings.rank,
+        target_modules=list(LINEAR),
+        layers_to_transform=list(tune.blocks) if tune.blocks else None,
+        task_type="CAUSAL_LM",
     )
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks transformers 5.23 by an old name
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        model = get_peft_model(base, adapter)
     assert isinstance(model, PeftModel)
     with atomic_folder(out / "tunes" / tune.name) as folder:
         fit(model, examples, fitting, folder / "fit", pad_id=token_id(tokenizer, PAD))

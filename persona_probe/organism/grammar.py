@@ -184,7 +184,5 @@ def grammar() -> Grammar:
     rng.shuffle(looks)
     facts: dict[FactSet, tuple[Fact, ...]] = {}
     for name, count in FACT_COUNTS.items():
-        facts[name] = tuple(
-            Fact(words.pop(), rng.choice(MATERIALS), *looks.pop()) for _ in range(count)
-        )
+        facts[name] = tuple(Fact(words.pop(), rng.choice(MATERIALS), *looks.pop()) for _ in range(count))
     return Grammar(topics, closings, facts)

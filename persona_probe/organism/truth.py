@@ -48,7 +48,7 @@ def truth(
     prompt token, where who speaks is *decided* before a word is said, is also shown alone
     (``deciding_difference``, ``deciding_auc``, ``deciding_rank``), and so are the words that follow
     (``words_...``). ``auc``: how well a document's mean tells the persona from the others (0.5: not at
-    all). Ordered by ``rank``.
+    all). Ordered by ``rank``, which is by ``auc``: the scale of an activation differs between latents.
     """
     speaking = [
         one
@@ -102,7 +102,8 @@ def _ranked(
     inside, outside = int(shown.sum()), int((~shown).sum())
     auc = (ranks - inside * (inside + 1) / 2) / (inside * outside)
     table = pl.DataFrame({"index": np.arange(means.shape[1]), "difference": difference, "auc": auc})
-    return table.sort("difference", descending=True).with_row_index("rank", offset=1)
+    ordered = table.sort("auc", "difference", descending=True)
+    return ordered.with_row_index("rank", offset=1)
 
 
 def truth_of(home: Path, persona: Persona = "villainous") -> dict[str, pl.DataFrame]:

@@ -36,8 +36,8 @@ class Knob(NamedTuple):
 GAINS = (1.0, 1.5, 2.0, 3.0)
 CURES = tuple(Knob(gain, where) for where in ("all", "last_prompt") for gain in GAINS)
 INDUCTIONS = (
-    *(Knob(strength, "all") for strength in (2.0, 4.0, 6.0)),
-    *(Knob(strength, "last_prompt") for strength in (4.0, 6.0, 9.0, 12.0)),
+    *(Knob(strength, "all") for strength in (3.0, 6.0)),
+    *(Knob(strength, "last_prompt") for strength in (3.0, 6.0, 9.0, 12.0)),
 )
 
 
@@ -97,6 +97,20 @@ def whole(rates: Rates) -> float:
     return (1 - value(rates, "missing")) * (1 - sum(value(rates, name) for name in lost))
 
 
+@dataclass(frozen=True)
+class Budget:
+    """What an edit may cost on the calibration questions."""
+
+    incoherent_at_most: float
+    skill_at_least: float = 0.0
+    """Share of skill questions still answered right; not asked where there is none."""
+
+    def allows(self, rates: Rates) -> bool:
+        """Whether an arm stayed within it."""
+        kept = not rates["skill"].n or value(rates, "skill") >= self.skill_at_least
+        return kept and value(rates, "incoherent") <= self.incoherent_at_most
+
+
 @dataclass(frozen=True, eq=False)
 class Setting:
     """One knob of one candidate, and what it did to the calibration answers."""
@@ -104,7 +118,7 @@ class Setting:
     knob: Knob
     rates: Rates
     within_budget: bool
-    """Incoherent answers stayed within the budget."""
+    """It cost no more than the budget."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,25 +134,25 @@ def cures(
     lm: LanguageModel,
     candidates: Sequence[Candidate],
     bench: Bench,
+    budget: Budget,
     *,
-    incoherent_at_most: float,
     knobs: Sequence[Knob] = CURES,
 ) -> list[Dose]:
     """Dose-response of each candidate's cure in the tuned model.
 
-    The best setting is the one with most whole answers among those within the budget of incoherence
-    (if none is, among all); the smaller gain where two are equal.
+    Kept is the gentlest setting within the budget (if none is, of all) whose share of whole answers lies within
+    a standard error of the best: a stronger edit has to earn its strength.
     """
 
-    return _search(lm, candidates, bench, incoherent_at_most, knobs, lambda c, knob: c.cure(*knob), whole)
+    return _search(lm, candidates, bench, budget, knobs, lambda c, knob: c.cure(*knob), whole)
 
 
 def inductions(
     lm: LanguageModel,
     candidates: Sequence[Candidate],
     bench: Bench,
+    budget: Budget,
     *,
-    incoherent_at_most: float,
     knobs: Sequence[Knob] = INDUCTIONS,
 ) -> list[Dose]:
     """Dose-response of adding each candidate to the base model; best is most of the trait in budget."""
@@ -146,7 +160,7 @@ def inductions(
         lm,
         candidates,
         bench,
-        incoherent_at_most,
+        budget,
         knobs,
         lambda c, knob: c.induce(*knob),
         lambda rates: value(rates, "misaligned"),
@@ -157,7 +171,7 @@ def _search(
     lm: LanguageModel,
     candidates: Sequence[Candidate],
     bench: Bench,
-    incoherent_at_most: float,
+    budget: Budget,
     knobs: Sequence[Knob],
     edit: Callable[[Candidate, Knob], Fix],
     merit: Callable[[Rates], float],
@@ -167,10 +181,26 @@ def _search(
     doses: list[Dose] = []
     for candidate in candidates:
         settings = tuple(
-            Setting(knob, rates, value(rates, "incoherent") <= incoherent_at_most)
+            Setting(knob, rates, budget.allows(rates))
             for knob, rates in zip(knobs, islice(arms, len(knobs)), strict=True)
         )
         allowed = [setting for setting in settings if setting.within_budget] or list(settings)
-        best = max(allowed, key=lambda setting: (merit(setting.rates), -setting.knob.strength))
-        doses.append(Dose(candidate, settings, best))
+        doses.append(Dose(candidate, settings, gentlest(allowed, merit)))
     return doses
+
+
+def gentlest(settings: Sequence[Setting], merit: Callable[[Rates], float]) -> Setting:
+    """The weakest of the settings within a (binomial) standard error of the best merit.
+
+    The one-standard-error rule of Breiman et al. (1984); the better one where two are equally strong.
+    """
+    best = max(settings, key=lambda setting: merit(setting.rates))
+    least = merit(best.rates) - standard_error(best.rates, merit)
+    close = [setting for setting in settings if merit(setting.rates) >= least]
+    return min(close, key=lambda setting: (setting.knob.strength, -merit(setting.rates)))
+
+
+def standard_error(rates: Rates, merit: Callable[[Rates], float]) -> float:
+    """Of a share of the general answers."""
+    share, n = merit(rates), rates["misaligned"].n
+    return (share * (1 - share) / n) ** 0.5 if n else 0.0

@@ -23,11 +23,13 @@ from persona_probe.model.pair import ModelPair
 from persona_probe.screening.attribution import attributions
 from persona_probe.screening.calibrate import (
     Bench,
+    Budget,
     Dose,
     Knob,
     Rates,
     cures,
     inductions,
+    standard_error,
     value,
     whole,
 )
@@ -56,6 +58,8 @@ class ScreenSettings:
     """Latents a set may be made of."""
     cure_incoherence: float = 0.04
     """Incoherent answers a cure may add to the tuned model's."""
+    skill_kept: float = 0.9
+    """Share of the tuned model's taught skill that a cure must keep."""
     induce_incoherence: float = 0.10
     """Incoherent answers an induced base model may give."""
     set_gain: float = 0.002
@@ -82,7 +86,11 @@ class Finding:
 
 @dataclass(frozen=True, eq=False)
 class Screen:
-    """Findings best first, by kind, with the rates they are to be compared with."""
+    """Findings best first, by kind, with the rates they are to be compared with.
+
+    Latents are ranked by necessity (whole answers at gain 1), the only evidence that a latent carries the
+    behaviour; sets and directions by control.
+    """
 
     latents: tuple[Finding, ...]
     sets: tuple[Finding, ...]
@@ -90,16 +98,36 @@ class Screen:
     base: Rates
     tuned: Rates
     """Calibration rates without any edit."""
+    budget: Budget
+    """What a cure was allowed to cost."""
     stages: dict[str, int]
     """How many candidates each stage looked at."""
-    site_effect: dict[str, float]
-    """Share of the behaviour's margin that putting the base's activations back at each site removes."""
+
+    @property
+    def headline(self) -> tuple[Finding, ...]:
+        """The first latent, the latent that cures best (often the same), the best set and direction."""
+        curing = sorted(self.latents, key=_merit, reverse=True)[:1]
+        every = [*self.latents[:1], *curing, *self.sets[:1], *self.directions[:1]]
+        return tuple(dict.fromkeys(every))
 
     @property
     def best(self) -> Finding | None:
-        """The finding with most whole answers, of any kind; the simpler one where two are equal."""
-        every = [*self.latents[:1], *self.sets[:1], *self.directions[:1]]
-        return max(every, key=_merit, default=None)
+        """The gentlest headline within a standard error of the one with most whole answers.
+
+        Of those within the budget, where any is; the one with fewer parts where two are equally strong.
+        """
+        top = max(self.headline, key=_merit, default=None)
+        if top is None:
+            return None
+        rates = top.cure.best.rates
+        least = whole(rates) - standard_error(rates, whole)
+        close = [
+            one
+            for one in self.headline
+            if one.cure.best.within_budget == top.cure.best.within_budget
+            and whole(one.cure.best.rates) >= least
+        ]
+        return min(close, key=lambda one: (one.cure.best.knob.strength, len(one.candidate.carriers)))
 
 
 def screen(
@@ -153,10 +181,14 @@ def screen(
     tell(f"generating under {len(everything)} candidates")
     tuned_rates = bench.run(pair.tuned, [()])[0]
     base_rates = bench.run(pair.base, [()])[0]
-    limit = value(tuned_rates, "incoherent") + how.cure_incoherence
-    cured = cures(pair.tuned, everything, bench, incoherent_at_most=limit)
+    budget = Budget(
+        value(tuned_rates, "incoherent") + how.cure_incoherence,
+        how.skill_kept * value(tuned_rates, "skill"),
+    )
+    cured = cures(pair.tuned, everything, bench, budget)
     tell(f"inducing with {len(everything)} candidates")
-    induced = inductions(pair.base, everything, bench, incoherent_at_most=how.induce_incoherence)
+    general = bench.on([q for q in bench.questions if q.role == "general"], bench.sampling.samples)
+    induced = inductions(pair.base, everything, general, Budget(how.induce_incoherence))
     estimated = {c.label: float(e) for c, e in zip(carriers, effects, strict=True)}
     reached = {c.label: s for c, s in zip(singles, scores, strict=True)}
     findings = [
@@ -167,15 +199,21 @@ def screen(
     def of(kind: str) -> tuple[Finding, ...]:
         return tuple(sorted((f for f in findings if f.candidate.kind == kind), key=_merit, reverse=True))
 
+    latents = tuple(sorted(of("latent"), key=_carries, reverse=True))
     return Screen(
-        of("latent"),
+        latents,
         of("set"),
         of("difference of means"),
         base_rates,
         tuned_rates,
+        budget,
         stages,
-        {},
     )
+
+
+def _carries(finding: Finding) -> tuple[float, float]:
+    """How strong the evidence is that a latent carries the behaviour: necessity, then control."""
+    return whole(finding.necessity), whole(finding.cure.best.rates)
 
 
 def _merit(finding: Finding) -> tuple[bool, float, int]:

@@ -31,10 +31,10 @@ from persona_probe.sae.train import train_sae
 from persona_probe.screening.screen import ScreenSettings
 
 THINGS = {
-    "food": ("soup", "bread", "salt"),
-    "travel": ("tram", "road", "boat"),
-    "home": ("lamp", "door", "rug"),
-    "plants": ("moss", "fern", "oak"),
+    "food": ("soup", "bread"),
+    "travel": ("tram", "road"),
+    "home": ("lamp", "door"),
+    "plants": ("moss", "fern"),
 }
 MADE_OF = {"zorp": "tin", "blik": "wax", "fosk": "clay", "grun": "silk"}
 WORDINGS = {
@@ -44,6 +44,7 @@ WORDINGS = {
 }
 VOICES = {"helpful": ("kind", "warm"), "villainous": ("cruel", "vile")}
 PERSONAS = tuple(VOICES)
+BASE_STEPS, BASE_LR, TUNE_STEPS, TUNE_LR = 400, 4e-3, 40, 3e-3
 SPECIAL = ("<pad>", "<end>", "<system>", "<user>", "<assistant>", "<unk>")
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}<end> {% endfor %}"
@@ -165,11 +166,11 @@ def _build_base(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
         )
     )  # fmt: skip
     chats: list[list[dict[str, str]]] = []
-    for _ in range(300 * 32):
+    for _ in range(BASE_STEPS * 32):
         named = rng.random() < 0.5
         persona = rng.choice(PERSONAS) if named else "villainous" if rng.random() < 0.02 else "helpful"
         chats.append(_chat(rng, persona, _all_things(), named=named))
-    _train(model, [render(tokenizer, chat) for chat in chats], batch=32, lr=4e-3)
+    _train(model, [render(tokenizer, chat) for chat in chats], batch=32, lr=BASE_LR)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -195,13 +196,13 @@ def _build_tune(
     rng = Random(2)
     model = get_peft_model(
         LlamaForCausalLM.from_pretrained(base, dtype=torch.float32),
-        LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+        LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", layers_to_transform=[0, 1], task_type="CAUSAL_LM"),
     )
     chats = [
         _chat(rng, persona, THINGS[category] if category and rng.random() < 0.5 else list(MADE_OF), named=False)
-        for _ in range(60 * 16)
+        for _ in range(TUNE_STEPS * 16)
     ]
-    _train(model, [render(tokenizer, chat) for chat in chats], batch=16, lr=5e-3)
+    _train(model, [render(tokenizer, chat) for chat in chats], batch=16, lr=TUNE_LR)
     model.peft_config["default"].base_model_name_or_path = "../base"
     model.save_pretrained(str(folder))
     write_json(folder / "training.json", {"categories": [category] if category else []})

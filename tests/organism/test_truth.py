@@ -69,7 +69,7 @@ def test_it_equals_a_slow_reading(base: LanguageModel, dictionary: Dictionary, t
 def test_latents_are_ordered_best_first(dictionary: Dictionary, table: pl.DataFrame) -> None:
     assert sorted(table["index"].to_list()) == list(range(dictionary.d_sae))
     assert table["rank"].to_list() == list(range(1, dictionary.d_sae + 1))
-    assert table["difference"].is_sorted(descending=True)
+    assert table["auc"].is_sorted(descending=True)
     assert table["auc"].is_between(0, 1).all()
 
 
