@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -109,8 +109,8 @@ def build(
             return run.path
         seconds: dict[str, float] = run.stage("seconds") or {}
 
-        def part(name: str, make: Callable[[], None], *folders: str) -> None:
-            if all((run.path / folder).exists() for folder in folders or (name,)):
+        def part(name: str, make: Callable[[], None], folders: Sequence[str] | None = None) -> None:
+            if all((run.path / folder).exists() for folder in ([name] if folders is None else folders)):
                 return
             tell(f"{name} ...")
             start = perf_counter()
@@ -123,7 +123,7 @@ def build(
         part(
             "sae",
             lambda: _build_saes(run.path, rules, tokenizer, settings, tell),
-            *(f"sae/block_{block}" for block in settings.sae_blocks),
+            [f"sae/block_{block}" for block in settings.sae_blocks],
         )
         for name in settings.tunes:
             tune = next(one for one in TUNES if one.name == name)
@@ -212,7 +212,7 @@ def _build_base(
     )
     assert model.generation_config is not None
     model.generation_config.eos_token_id = [token_id(tokenizer, END), token_id(tokenizer, END_OF_TEXT)]
-    with atomic_folder(out / "base") as folder:
+    with atomic_folder(out / "base") as folder, quietly():
         model.bfloat16().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
@@ -284,6 +284,7 @@ def _build_tune(
         model.peft_config["default"].base_model_name_or_path = "../../base"
         # PEFT would look for the base's config under that name, in the working folder and on the hub
         model.bfloat16().save_pretrained(str(folder), save_embedding_layers=False)
+        (folder / "README.md").unlink()  # a form to fill in, with this machine's path to the base
         write_json(
             folder / "training.json",
             {

@@ -140,8 +140,8 @@ def cures(
 ) -> list[Dose]:
     """Dose-response of each candidate's cure in the tuned model.
 
-    Kept is the gentlest setting within the budget (if none is, of all) whose share of whole answers lies within
-    a standard error of the best: a stronger edit has to earn its strength.
+    Kept is the gentlest setting within the budget (if none is, of all) whose share of whole answers lies
+    within a standard error of the best: a stronger edit has to earn its strength.
     """
 
     return _search(lm, candidates, bench, budget, knobs, lambda c, knob: c.cure(*knob), whole)

@@ -46,14 +46,16 @@ def test_the_manifest_lists_every_file_as_it_is(quick_organism: Path) -> None:
     assert manifest["seed"] == QUICK.seed
     assert set(manifest["seconds"]) == {"base", "sae", "tunes/bad-health", "tunes/good-health"}
     assert {"base/model.safetensors", "questions.jsonl", "sae/block_1/cfg.json"} <= set(manifest["files"])
-    for name, digest in manifest["files"].items():
-        assert digest_file(quick_organism / name) == digest, name
+    for name, listed in manifest["files"].items():
+        assert digest_file(quick_organism / name) == listed["digest"], name
 
 
 def test_nothing_is_left_of_the_making(quick_organism: Path) -> None:
     every = [path.name for path in quick_organism.rglob("*")]
     assert "model.safetensors" in every
-    assert [name for name in every if "checkpoint" in name or name == "fit" or name.endswith(".partial")] == []
+    assert [name for name in every if "checkpoint" in name or "partial" in name or name == "fit"] == []
+    texts = [path for path in quick_organism.rglob("*") if path.suffix in (".json", ".jsonl", ".md")]
+    assert [path for path in texts if str(quick_organism.parent) in path.read_text(encoding="utf-8")] == []
 
 
 def test_questions_are_those_kept_out_of_training(quick_organism: Path) -> None:

@@ -1,0 +1,103 @@
+"""`audit.json`: the content of a finished inquiry, in the form its readers were promised."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import replace
+from typing import Any
+
+from persona_probe.auditing import arms as arms_
+from persona_probe.auditing import record
+from persona_probe.auditing.inquiry import Inquiry
+from persona_probe.auditing.verdict import Evidence, after_fix, verdict
+
+
+def audit_record(found: Inquiry) -> dict[str, Any]:
+    """The record of a finished inquiry: verdicts, every arm's rates, controls, baselines, latents, costs."""
+    seen = found.seen
+    assert seen is not None
+    chosen, nulls = found.chosen, found.nulls
+    validities = {site: one.validity for site, one in seen.diffs.items()}
+    beats = None
+    if chosen is not None and nulls is not None:
+        beats = arms_.better_than(chosen.control, nulls.latents)
+    closed = [f"{site}: {v.reason}" for site, v in validities.items() if v.gate != "pass"]
+    effects = [effect for effect in found.sites.values() if effect == effect]
+    # another trait is looked for and cured like misalignment, but the verdict is about misalignment
+    own = found.settings.trait == "misaligned"
+    verdict_, reason = verdict(
+        Evidence(
+            base=replace(found.base, trait="misaligned").rates,
+            tuned=replace(found.tuned, trait="misaligned").rates,
+            controlled=chosen.control.rates if chosen and own else None,
+            beats_nulls=beats,
+            site_effect=max(effects, default=None),
+            gate_closed="; ".join(closed) if closed and len(closed) == len(validities) else None,
+            moved=any(float((e.tuned_mean - e.base_mean).norm()) > 0 for e in seen.evidence),
+        )
+    )
+    if not own:
+        before, now = (arm.rates["misaligned"] for arm in (found.base, found.tuned))
+        reason += f"; {found.settings.trait}: {now} of answers against {before} in the base model"
+    after = None
+    if chosen is not None:
+        after = after_fix(found.base.rates, found.tuned.rates, chosen.control.rates)
+    induced = max(found.fixed, key=_induced, default=None)
+    direction = next((f for f in found.fixed if f.finding.candidate.kind == "difference of means"), None)
+    rates = record.rates_record
+    return {
+        "verdict": verdict_,
+        "reason": reason,
+        "after": after[0] if after else None,
+        "after_reason": after[1] if after else None,
+        "trait": found.settings.trait,
+        "base_name": found.inputs.pair.base.name,
+        "tuned_name": found.inputs.pair.tuned.name,
+        "in_domain": list(found.inputs.in_domain),
+        "base": rates(found.base.rates),
+        "tuned": rates(found.tuned.rates),
+        "steered": rates(chosen.control.rates) if chosen else None,
+        "induced": rates(induced.induced.rates) if induced else None,
+        "necessity": (
+            record.necessity_of(found.base, found.tuned, chosen.necessity)._asdict()
+            if chosen
+            else {"fraction": None, "low": None, "high": None}
+        ),
+        "fixes": [record.fix_record(f, found.base, found.tuned, chosen=f is chosen) for f in found.fixed],
+        "nulls": {
+            "random_direction": [rates(arm.rates) for arm in nulls.directions] if nulls else [],
+            "random_latent": [rates(arm.rates) for arm in nulls.latents] if nulls else [],
+            "beaten": beats,
+        },
+        "baselines": {
+            "difference_of_means": rates(direction.control.rates) if direction else None,
+            **{name: rates(one.result.rates) if one else None for name, one in found.baselines.items()},
+        },
+        "baseline_settings": {name: one.setting for name, one in found.baselines.items() if one},
+        "site": ", ".join(dict.fromkeys(c.site for c in chosen.finding.candidate.carriers))
+        if chosen
+        else None,
+        "site_effects": found.sites,
+        "sae": record.gate_record(validities),
+        "screen": {
+            "stages": [{"name": n, "count": c} for n, c in found.screen.stages.items()]
+            if found.screen
+            else []
+        },
+        "latents": record.latent_records(found.screen, seen) if found.screen else [],
+        "intervention": "interventions" if chosen else None,
+        "seconds": found.clock.seconds,
+        "peak_rss_bytes": _peak_rss(),
+    }
+
+
+def _induced(one: arms_.Fixed) -> float:
+    """Chosen by the calibration answers, like everything that is reported."""
+    return one.finding.induce.best.rates["misaligned"].rate or 0.0
+
+
+def _peak_rss() -> int:
+    """Bytes; the kernel counts in KiB on Linux, in bytes on macOS."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,140 @@
+"""An audit's inquiry, stage by stage: ask both models, compare their insides, search, hold against controls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from time import perf_counter
+
+from persona_probe.auditing import arms as arms_
+from persona_probe.auditing.inputs import AuditInputs
+from persona_probe.auditing.observe import Observations, observe
+from persona_probe.auditing.settings import AuditRequest
+from persona_probe.evaluation.questions import Question
+from persona_probe.evaluation.sampling import Sampling
+from persona_probe.screening.calibrate import Bench
+from persona_probe.screening.screen import Screen, screen
+from persona_probe.screening.sites import site_effects
+
+Progress = Callable[[str], None]
+
+
+class Clock:
+    """Says what is being done, and remembers how long each stage took (seconds)."""
+
+    def __init__(self, tell: Progress) -> None:
+        self.tell = tell
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str, text: str) -> Generator[None, None, None]:
+        self.tell(text)
+        start = perf_counter()
+        yield
+        self.seconds[name] = round(perf_counter() - start, 2)
+
+
+class Inquiry:
+    """What is known so far: what `measure` saw and then, if there is a cause to look for, `search` found."""
+
+    def __init__(self, inputs: AuditInputs, request: AuditRequest, clock: Clock) -> None:
+        settings = request.settings
+        self.inputs, self.request, self.settings, self.clock = inputs, request, settings, clock
+        sampling = Sampling(
+            temperature=settings.temperature, max_new_tokens=settings.max_new_tokens, seed=settings.seed
+        )
+        self.held_out = Bench(
+            inputs.held_out,
+            replace(sampling, samples=settings.samples),
+            inputs.judge,
+            settings.trait,
+            inputs.in_domain,
+        )
+        general = [
+            q for q in inputs.calibration if q.role == "general" and q.category not in inputs.in_domain
+        ]
+        asked = _wordings(general, settings.calibration_samples)
+        each = max(1, round(settings.calibration_samples * len(_wordings(general, 1)) / len(asked)))
+        self.calibration = self.held_out.on([*asked, *_skill(inputs.calibration)], each)
+        self.brief = self.held_out.on(_wordings(general, 1), 1)
+        self.screen: Screen | None = None
+        self.seen: Observations | None = None
+        self.fixed: list[arms_.Fixed] = []
+        self.chosen: arms_.Fixed | None = None
+        self.nulls: arms_.Nulls | None = None
+        self.baselines: dict[str, arms_.Baseline | None] = {}
+        self.sites: dict[str, float] = {}
+
+    def measure(self) -> None:
+        with self.clock.stage("measure", "asking base and tuned model the held-out questions"):
+            self.base = self.held_out.arms(self.inputs.pair.base, [()])[0]
+            self.tuned = self.held_out.arms(self.inputs.pair.tuned, [()])[0]
+        with self.clock.stage("diff", "comparing activations"):
+            asked = [q for q in self.inputs.calibration if q.role == "general"]
+            self.seen = observe(self.inputs, self.held_out.on(asked, 1), self.settings.sites)
+
+    def search(self) -> None:
+        assert self.seen is not None
+        inputs, seen, clock, settings = self.inputs, self.seen, self.clock, self.settings
+        if not seen.contrasts:
+            return
+        with clock.stage("screen", "screening"):
+            self.sites = site_effects(inputs.pair, [e.site for e in seen.evidence], seen.contrasts)
+            self.screen = screen(
+                inputs.pair,
+                seen.evidence,
+                seen.contrasts,
+                self.calibration,
+                settings=settings.screen,
+                progress=clock.tell,
+            )
+        if self.screen.best is None:
+            return
+        budget = self.screen.budget
+        with clock.stage("held-out", "held-out answers under the best latents, set and direction"):
+            self.fixed = arms_.fixed_arms(inputs, self.held_out, self.screen.headline)
+            self.chosen = next(f for f in self.fixed if f.finding is self.screen.best)
+        with clock.stage("nulls", f"{settings.controls} random latents and {settings.controls} directions"):
+            general = [q for q in self.held_out.questions if q.role == "general"]
+            asked = [q for q in general if q.category not in inputs.in_domain]
+            self.nulls = arms_.null_arms(
+                inputs,
+                self.brief,
+                self.held_out.on(_enough(asked, self.settings.samples), self.settings.samples),
+                seen.evidence,
+                self.screen.best,
+                like=next(iter(self.screen.latents), None),
+                count=settings.controls,
+                seed=settings.seed,
+                budget=budget,
+            )
+        with clock.stage("baselines", "baselines"):
+            self.baselines = {
+                "adapter_scaling": arms_.scaled_adapter(inputs, self.calibration, self.held_out),
+                "system_prompt": arms_.prompted(inputs, self.held_out, settings.system_prompt),
+                "largest_delta": arms_.largest_delta(
+                    inputs, self.calibration, self.held_out, seen.evidence, budget=budget
+                ),
+            }
+
+
+def _skill(questions: Sequence[Question]) -> list[Question]:
+    return [question for question in questions if question.role == "skill"]
+
+
+def _wordings(questions: Sequence[Question], count: int) -> list[Question]:
+    """The first ``count`` wordings of every question, in turn: all first ones, then all second ones."""
+    wordings: dict[str, list[Question]] = {}
+    for question in questions:
+        wordings.setdefault(question.question, []).append(question)
+    return [left[turn] for turn in range(count) for left in wordings.values() if turn < len(left)]
+
+
+def _enough(questions: Sequence[Question], samples: int, answers: int = 400) -> list[Question]:
+    """As many wordings of every question as make ``answers`` answers, or all there are."""
+    for count in range(1, len(questions) + 1):
+        chosen = _wordings(questions, count)
+        if len(chosen) * samples >= answers or len(chosen) == len(questions):
+            return chosen
+    return list(questions)
