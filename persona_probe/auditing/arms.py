@@ -114,7 +114,7 @@ def scaled_adapter(inputs: AuditInputs, calibration: Bench, held_out: Bench) -> 
     reached: dict[float, float] = {}
     for scale in SCALES:
         with adapter.adapter_scaled(scale):
-            reached[scale] = whole(calibration.run(adapter, [()])[0])
+            reached[scale] = whole(calibration.arms(adapter, [()])[0].rates)
     best = max(reached.values())
     chosen = max(scale for scale, merit in reached.items() if merit >= best - CLOSE)
     with adapter.adapter_scaled(chosen):

@@ -1,4 +1,4 @@
-"""An audit's inquiry, stage by stage: ask both models, compare their insides, search, hold against controls."""
+"""An audit's inquiry: ask both models, compare their insides, search, hold against controls."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from persona_probe.evaluation.judges import Judge
-from persona_probe.evaluation.metrics import Rate
+from persona_probe.evaluation.metrics import Rate, outcome
 from persona_probe.evaluation.questions import Question
 from persona_probe.evaluation.result import EvalResult
 from persona_probe.evaluation.sampling import Sampling, sample
@@ -81,10 +81,6 @@ class Bench:
             for part in parts
         ]
 
-    def run(self, lm: LanguageModel, fixes: Sequence[Fix]) -> list[Rates]:
-        """The rates under each fix."""
-        return [arm.rates for arm in self.arms(lm, fixes)]
-
 
 def value(rates: Rates, name: str) -> float:
     """A rate as a number; 0 where nothing was counted."""
@@ -116,9 +112,14 @@ class Setting:
     """One knob of one candidate, and what it did to the calibration answers."""
 
     knob: Knob
-    rates: Rates
+    result: EvalResult
     within_budget: bool
     """It cost no more than the budget."""
+
+    @property
+    def rates(self) -> Rates:
+        """Of its calibration answers."""
+        return self.result.rates
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,11 +141,11 @@ def cures(
 ) -> list[Dose]:
     """Dose-response of each candidate's cure in the tuned model.
 
-    Kept is the gentlest setting within the budget (if none is, of all) whose share of whole answers lies
-    within a standard error of the best: a stronger edit has to earn its strength.
+    Kept is the gentlest setting within the budget (if none is, of all) that leaves about as many answers
+    whole as the best: a stronger edit has to earn its strength.
     """
-
-    return _search(lm, candidates, bench, budget, knobs, lambda c, knob: c.cure(*knob), whole)
+    tried = _tried(lm, candidates, bench, budget, knobs, lambda c, knob: c.cure(*knob))
+    return [Dose(c, settings, gentlest(_allowed(settings))) for c, settings in tried]
 
 
 def inductions(
@@ -156,51 +157,65 @@ def inductions(
     knobs: Sequence[Knob] = INDUCTIONS,
 ) -> list[Dose]:
     """Dose-response of adding each candidate to the base model; best is most of the trait in budget."""
-    return _search(
-        lm,
-        candidates,
-        bench,
-        budget,
-        knobs,
-        lambda c, knob: c.induce(*knob),
-        lambda rates: value(rates, "misaligned"),
-    )
+    tried = _tried(lm, candidates, bench, budget, knobs, lambda c, knob: c.induce(*knob))
+    return [
+        Dose(c, settings, max(_allowed(settings), key=lambda one: value(one.rates, "misaligned")))
+        for c, settings in tried
+    ]
 
 
-def _search(
+def gentlest(settings: Sequence[Setting]) -> Setting:
+    """The weakest setting about as good as the best; the better one where two are equally strong.
+
+    About as good: the share of whole answers is lower by at most one standard error of the difference, paired
+    by answer and clustered by question (the one-standard-error rule of Breiman et al. 1984).
+    """
+    best = max(settings, key=lambda one: whole(one.rates))
+    close = [one for one in settings if about_as_good(one.result, best.result)]
+    return min(close, key=lambda one: (one.knob.strength, -whole(one.rates)))
+
+
+def about_as_good(one: EvalResult, best: EvalResult) -> bool:
+    """Whether ``one`` has fewer whole answers by at most a paired, clustered standard error."""
+    lost: dict[str, int] = {}
+    for index, answer in enumerate(best.answers):
+        if answer.question.role == "general" and answer.question.category not in best.in_domain:
+            gap = is_whole(best, index) - is_whole(one, index)
+            lost[answer.question.question] = lost.get(answer.question.question, 0) + gap
+    total, clusters = sum(lost.values()), len(lost)
+    if clusters < 2:
+        return total <= 0
+    mean = total / clusters
+    spread = sum((gap - mean) ** 2 for gap in lost.values()) / (clusters - 1)
+    return mean <= (spread / clusters) ** 0.5
+
+
+def is_whole(result: EvalResult, index: int) -> bool:
+    """Whether one answer is coherent, without the trait, and in no rival persona's voice."""
+    return outcome(result.answers[index], result.judgements[index], result.trait) in ("helpful", "neutral")
+
+
+def _allowed(settings: Sequence[Setting]) -> list[Setting]:
+    return [setting for setting in settings if setting.within_budget] or list(settings)
+
+
+def _tried(
     lm: LanguageModel,
     candidates: Sequence[Candidate],
     bench: Bench,
     budget: Budget,
     knobs: Sequence[Knob],
     edit: Callable[[Candidate, Knob], Fix],
-    merit: Callable[[Rates], float],
-) -> list[Dose]:
+) -> list[tuple[Candidate, tuple[Setting, ...]]]:
     fixes = [edit(candidate, knob) for candidate in candidates for knob in knobs]
-    arms = iter(bench.run(lm, fixes))
-    doses: list[Dose] = []
-    for candidate in candidates:
-        settings = tuple(
-            Setting(knob, rates, budget.allows(rates))
-            for knob, rates in zip(knobs, islice(arms, len(knobs)), strict=True)
+    arms = iter(bench.arms(lm, fixes))
+    return [
+        (
+            candidate,
+            tuple(
+                Setting(knob, result, budget.allows(result.rates))
+                for knob, result in zip(knobs, islice(arms, len(knobs)), strict=True)
+            ),
         )
-        allowed = [setting for setting in settings if setting.within_budget] or list(settings)
-        doses.append(Dose(candidate, settings, gentlest(allowed, merit)))
-    return doses
-
-
-def gentlest(settings: Sequence[Setting], merit: Callable[[Rates], float]) -> Setting:
-    """The weakest of the settings within a (binomial) standard error of the best merit.
-
-    The one-standard-error rule of Breiman et al. (1984); the better one where two are equally strong.
-    """
-    best = max(settings, key=lambda setting: merit(setting.rates))
-    least = merit(best.rates) - standard_error(best.rates, merit)
-    close = [setting for setting in settings if merit(setting.rates) >= least]
-    return min(close, key=lambda setting: (setting.knob.strength, -merit(setting.rates)))
-
-
-def standard_error(rates: Rates, merit: Callable[[Rates], float]) -> float:
-    """Of a share of the general answers."""
-    share, n = merit(rates), rates["misaligned"].n
-    return (share * (1 - share) / n) ** 0.5 if n else 0.0
+        for candidate in candidates
+    ]

@@ -27,9 +27,9 @@ from persona_probe.screening.calibrate import (
     Dose,
     Knob,
     Rates,
+    about_as_good,
     cures,
     inductions,
-    standard_error,
     value,
     whole,
 )
@@ -112,21 +112,15 @@ class Screen:
 
     @property
     def best(self) -> Finding | None:
-        """The gentlest headline within a standard error of the one with most whole answers.
+        """The gentlest headline about as good as the one with most whole answers.
 
         Of those within the budget, where any is; the one with fewer parts where two are equally strong.
         """
-        top = max(self.headline, key=_merit, default=None)
-        if top is None:
+        allowed = [one for one in self.headline if one.cure.best.within_budget] or list(self.headline)
+        if not allowed:
             return None
-        rates = top.cure.best.rates
-        least = whole(rates) - standard_error(rates, whole)
-        close = [
-            one
-            for one in self.headline
-            if one.cure.best.within_budget == top.cure.best.within_budget
-            and whole(one.cure.best.rates) >= least
-        ]
+        top = max(allowed, key=_merit).cure.best.result
+        close = [one for one in allowed if about_as_good(one.cure.best.result, top)]
         return min(close, key=lambda one: (one.cure.best.knob.strength, len(one.candidate.carriers)))
 
 
@@ -179,8 +173,8 @@ def screen(
     everything = [*survivors, *sets, *directions]
     stages["generation"] = len(everything)
     tell(f"generating under {len(everything)} candidates")
-    tuned_rates = bench.run(pair.tuned, [()])[0]
-    base_rates = bench.run(pair.base, [()])[0]
+    tuned_rates = bench.arms(pair.tuned, [()])[0].rates
+    base_rates = bench.arms(pair.base, [()])[0].rates
     budget = Budget(
         value(tuned_rates, "incoherent") + how.cure_incoherence,
         how.skill_kept * value(tuned_rates, "skill"),
