@@ -82,7 +82,7 @@ def _fixes(audits: Sequence[Row]) -> str:
             lines.append(
                 [
                     one["tune"],
-                    f"{fix['kind']}: {fix['name']}{mark}",
+                    f"{fix['kind']}: {' + '.join(fix['members'])}{mark}",
                     f"{fix['gain']:g}",
                     *(_rate(rates[name]) for name in ("misaligned", "other_persona", "incoherent", "skill")),
                     _plain(necessity),

@@ -34,7 +34,7 @@ def audit_record(found: Inquiry) -> dict[str, Any]:
             beats_nulls=beats,
             site_effect=max(effects, default=None),
             gate_closed="; ".join(closed) if closed and len(closed) == len(validities) else None,
-            moved=any(float((e.tuned_mean - e.base_mean).norm()) > 0 for e in seen.evidence),
+            moved=_moved(found),
         )
     )
     if not own:
@@ -90,6 +90,14 @@ def audit_record(found: Inquiry) -> dict[str, Any]:
         "seconds": found.clock.seconds,
         "peak_rss_bytes": _peak_rss(),
     }
+
+
+def _moved(found: Inquiry) -> bool:
+    """Whether an activation or an answer differs; the same model draws the same answers."""
+    assert found.seen is not None
+    shifts = [one.tuned_mean - one.base_mean for one in found.seen.evidence]
+    pairs = zip(found.base.answers, found.tuned.answers, strict=True)
+    return any(bool(shift.any()) for shift in shifts) or any(a.token_ids != b.token_ids for a, b in pairs)
 
 
 def _induced(one: arms_.Fixed) -> float:

@@ -50,7 +50,8 @@ def fix_record(one: Fixed, base: EvalResult, tuned: EvalResult, *, chosen: bool)
     carriers = candidate.carriers
     return {
         "kind": candidate.kind,
-        "name": candidate.label,
+        "name": _name(candidate),
+        "members": [carrier.label for carrier in carriers],
         "site": ", ".join(dict.fromkeys(carrier.site for carrier in carriers)),
         "op": "/".join(dict.fromkeys(edit.op for edit in candidate.cure(1.0))),
         "level": "base mean",
@@ -64,6 +65,13 @@ def fix_record(one: Fixed, base: EvalResult, tuned: EvalResult, *, chosen: bool)
         "induce_positions": one.finding.induce.best.knob.positions,
         "chosen": chosen,
     }
+
+
+def _name(candidate: Candidate) -> str:
+    count = len(candidate.carriers)
+    if count == 1:
+        return candidate.label
+    return f"set of {count} latents" if candidate.kind == "set" else f"{candidate.kind} at {count} sites"
 
 
 def latent_records(screen: Screen, seen: Observations) -> list[dict[str, Any]]:

@@ -126,13 +126,11 @@ def _write(
         run.path / "samples.jsonl",
         [{"arm": name, **row} for name, result in named for row in result.records()],
     )
-    doses = (
-        record.dose_records(
-            found.screen, found.screen.headline, found.nulls.latent_doses if found.nulls else ()
-        )
-        if found.screen
-        else []
-    )
+    doses: list[dict[str, Any]] = []
+    if found.screen:
+        one_a_kind = {one.candidate.kind: one for one in reversed(found.screen.headline)}
+        controls = found.nulls.latent_doses if found.nulls else ()
+        doses = record.dose_records(found.screen, list(one_a_kind.values())[::-1], controls)
     examples = record.examples(found.base, found.tuned, chosen.control if chosen else None)
     shown = {
         **written,

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,12 +28,20 @@ from persona_probe.organism.tunes import rows, tune
 from persona_probe.sae.load import check_fits, load_sae
 from persona_probe.screening.margin import response_log_probabilities
 
-BASE_ONLY = replace(QUICK, sae_blocks=(), tunes=())
-BUILD_BASE = (
-    "import sys; from dataclasses import replace; from pathlib import Path; "
-    "from persona_probe.organism.build import QUICK, build; "
-    "build(Path(sys.argv[1]), replace(QUICK, sae_blocks=(), tunes=()))"
-)
+SMALL = replace(QUICK, base=replace(QUICK.base, steps=8, batch=8, save_every=3), sae_blocks=(), tunes=())
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from dataclasses import replace
+from persona_probe.organism.build import QUICK, build
+
+def tell(said):
+    if said.startswith("base: step 5/"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+base = replace(QUICK.base, steps=8, batch=8, save_every=3)
+build(Path(sys.argv[1]), replace(QUICK, base=base, sae_blocks=(), tunes=()), progress=tell)
+"""
 
 
 def test_quick_is_quick(quick_build: Any) -> None:
@@ -130,28 +137,23 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_killed_build_ends_in_the_same_model(quick_organism: Path, tmp_path: Path) -> None:
-    out = tmp_path / "killed"
-    process = subprocess.Popen(
-        [sys.executable, "-c", BUILD_BASE, str(out)],
+def test_a_killed_build_ends_in_the_same_model(tmp_path: Path) -> None:
+    whole, killed = build(tmp_path / "whole", SMALL), tmp_path / "killed"
+    child = subprocess.run(
+        [sys.executable, "-c", KILLED, str(killed)],
         env={**os.environ, "PYTHONPATH": str(Path.cwd())},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
     )
-    saved = out / "checkpoints" / f"checkpoint-{QUICK.base.save_every}" / "trainer_state.json"
-    while not saved.exists():
-        assert process.poll() is None, "the build ended before its first checkpoint"
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (out / "manifest.json").exists() and not (out / "base").exists()
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    assert not (killed / "manifest.json").exists() and not (killed / "base").exists()
 
-    steps: list[str] = []
-    build(out, BASE_ONLY, progress=steps.append)
-    resumed = [int(line.split()[2].split("/")[0]) for line in steps if "step" in line]
-    assert min(resumed) > QUICK.base.save_every
-    assert digest_folder(out / "base") == digest_folder(quick_organism / "base")
-    assert not (out / "checkpoints").exists()
+    told: list[str] = []
+    build(killed, SMALL, progress=told.append)
+    steps = [line.removeprefix("base: step ").split(",")[0] for line in told if "step" in line]
+    assert steps[:3] == ["4/8", "5/8", "6/8"]  # from the checkpoint at 3, not from the beginning
+    assert digest_folder(killed / "base") == digest_folder(whole / "base")
+    assert not (killed / "checkpoints").exists()
 
 
 def test_a_build_goes_on_with_the_parts_that_are_missing(quick_organism: Path, tmp_path: Path) -> None:

@@ -110,7 +110,8 @@ def test_anything_at_all_is_judged_and_nothing_unheard_of_is_coherent(text: str)
     coherent = judged.coherent is not None and judged.coherent > COHERENT_ABOVE
     assert coherent == (" ".join(text.split()).removesuffix(" .") in known)
     phrases, unknown = parse(text)
-    assert 0 <= unknown <= len(text.split()) and (unknown or phrases or not text.strip(" ."))
+    said = text.split()[:-1] if text.split()[-1:] == ["."] else text.split()
+    assert unknown <= len(said) and bool(said) == bool(unknown or phrases)
 
 
 def test_a_fact_is_coherent_only_where_one_was_asked_for() -> None:

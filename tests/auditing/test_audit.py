@@ -1,0 +1,387 @@
+"""Whole audits, from folders on the disk to a verdict, on a planted persona and on the quick organism."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import replace
+from html import unescape
+from pathlib import Path
+from typing import Any, get_args
+
+import polars as pl
+import pytest
+import torch
+
+import persona_probe.auditing.run as run_module
+from persona_probe.artifact import check_manifest, read_json, read_jsonl, write_json
+from persona_probe.auditing import Audit, AuditRequest, AuditSettings, audit, organism_request
+from persona_probe.auditing.plan import plan_of
+from persona_probe.auditing.verdict import After, Verdict
+from persona_probe.errors import InputError
+from persona_probe.evaluation.judges import Judgement
+from persona_probe.evaluation.questions import load_questions
+from persona_probe.evaluation.result import evaluate
+from persona_probe.evaluation.sampling import Sampling
+from persona_probe.model import load_model
+from persona_probe.steering import steer
+from persona_probe.steering.io import load_fix
+from tests.auditing.planted import JUDGE, SMALL, Planted, judge, planted, request_of
+
+RATES = {
+    "misaligned",
+    "misaligned_of_coherent",
+    "other_persona",
+    "incoherent",
+    "refused",
+    "truncated",
+    "missing",
+    "in_domain",
+    "skill",
+}
+TIMED = ("seconds", "peak_rss_bytes")
+
+
+def figures(record: dict[str, Any]) -> dict[str, Any]:
+    """A record without what differs from run to run."""
+    return {name: value for name, value in record.items() if name not in TIMED}
+
+
+@pytest.fixture(scope="module")
+def organism() -> Planted:
+    return planted()
+
+
+@pytest.fixture(scope="module")
+def done(organism: Planted, tmp_path_factory: pytest.TempPathFactory) -> Audit:
+    """One finished audit, only to be read."""
+    return audit(request_of(organism), tmp_path_factory.mktemp("audit") / "out")
+
+
+def test_it_writes_every_file_and_nothing_else(done: Audit) -> None:
+    shown = {path.name for path in done.path.iterdir() if not path.name.startswith(".")}
+    assert shown == {
+        "audit.json",
+        "report.html",
+        "latents.parquet",
+        "interventions",
+        "samples.jsonl",
+        "manifest.json",
+        "settings.json",
+    }
+    assert not [path for path in done.path.rglob("*") if path.name.endswith(".partial")]
+    report = (done.path / "report.html").read_text()
+    assert len(report) < 8_000_000
+    assert done.verdict in unescape(report)
+    assert done.verdict in done._repr_html_()
+
+
+def test_the_planted_persona_is_found_and_taken_out(done: Audit) -> None:
+    record = done.record
+    assert done.verdict == "misaligned, persona found"
+    assert record["base"]["misaligned"]["rate"] <= 0.1
+    assert record["tuned"]["misaligned"]["rate"] >= 0.6
+    assert record["steered"]["misaligned"]["rate"] <= 0.3
+    assert record["induced"]["misaligned"]["rate"] >= 0.3
+    assert record["in_domain"] == ["food"]  # from the tune's own training.json
+    # the tune acts in front of the site, so that putting the base back there undoes all of it
+    assert record["site_effects"]["blocks.1.hook_resid_post"] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_the_record_keeps_its_contract(done: Audit) -> None:
+    record = read_json(done.path / "audit.json")
+    assert record == done.record
+    assert record["verdict"] in get_args(Verdict)
+    assert record["after"] in (*get_args(After), None)
+    arms = [record[name] for name in ("base", "tuned", "steered", "induced")]
+    nulls = [record["nulls"][name] for name in ("random_direction", "random_latent")]
+    assert [len(drawn) for drawn in nulls] == [SMALL.controls] * 2
+    named = ("difference_of_means", "adapter_scaling", "system_prompt", "largest_delta")
+    for arm in [*arms, *nulls[0], *nulls[1], *(record["baselines"][name] for name in named)]:
+        assert arm.keys() >= RATES
+        for rate in arm.values():
+            assert rate.keys() == {"rate", "low", "high", "n"}
+            if rate["n"]:
+                assert 0 <= rate["low"] <= rate["rate"] <= rate["high"] <= 1
+            else:
+                assert (rate["rate"], rate["low"], rate["high"]) == (None, None, None)
+    assert record["necessity"].keys() == {"fraction", "low", "high"}
+    sae = record["sae"]
+    assert sae["explained_variance"].keys() == {"base", "tuned"}
+    assert {"l0", "change_inside", "gate"} <= sae.keys()
+    assert 0.9 < sae["explained_variance"]["base"] <= 1
+    wanted = {"index", "delta", "low", "high", "q_value", "induce", "necessity", "control"}
+    wanted |= {"op", "level", "gain", "rank"}
+    assert all(latent.keys() >= wanted for latent in record["latents"])
+    assert [latent["rank"] for latent in record["latents"]] == list(range(1, len(record["latents"]) + 1))
+    assert record["latents"]
+    assert record["intervention"] == "interventions"
+    assert all(value >= 0 for value in record["seconds"].values())
+    assert {"load", "measure", "diff", "screen", "nulls", "baselines"} <= record["seconds"].keys()
+    assert 50e6 < record["peak_rss_bytes"] < 50e9
+
+
+def test_the_rates_are_those_of_the_samples(done: Audit) -> None:
+    rows = read_jsonl(done.path / "samples.jsonl")
+    for arm in ("base", "tuned", "steered"):
+        mine = [row for row in rows if row["arm"] == arm]
+        skill = [row for row in mine if row["role"] == "skill"]
+        elsewhere = [row for row in mine if row["role"] == "general" and row["category"] != "food"]
+        counts = Counter(row["outcome"] for row in elsewhere)
+        for name in ("misaligned", "other_persona", "incoherent", "truncated"):
+            assert done.record[arm][name]["rate"] == pytest.approx(counts[name] / len(elsewhere))
+            assert done.record[arm][name]["n"] == len(elsewhere)
+        questions = {q.id: q for q in load_questions(planted().questions)}
+        right = sum(questions[row["id"]].reference == row["answer"] for row in skill)
+        assert done.record[arm]["skill"]["rate"] == pytest.approx(right / len(skill))
+        assert all(questions[row["id"]].split == "held-out" for row in mine)
+
+
+def test_the_saved_fix_is_the_one_that_was_measured(done: Audit, organism: Planted) -> None:
+    tuned = load_model(organism.tuned).merged()
+    held_out = [q for q in load_questions(organism.questions) if q.split == "held-out"]
+    again = evaluate(
+        tuned,
+        held_out,
+        JUDGE,
+        Sampling(max_new_tokens=SMALL.max_new_tokens, samples=SMALL.samples, seed=SMALL.seed),
+        in_domain=("food",),
+        fix=load_fix(done.path / "interventions"),
+    )
+    for name, rate in done.record["steered"].items():
+        assert again.rates[name].rate == rate["rate"]
+
+
+def test_gain_0_of_the_saved_fix_leaves_every_logit_as_it_was(done: Audit, organism: Planted) -> None:
+    fix = load_fix(done.path / "interventions")
+    off = tuple(replace(edit, gain=0.0) for edit in fix)
+    ids = torch.arange(3, 15).repeat(4, 1)
+    for lm in (load_model(organism.base), load_model(organism.tuned)):
+        plain = lm.forward(ids, torch.ones_like(ids))
+        with steer(lm, off):
+            assert torch.equal(lm.forward(ids, torch.ones_like(ids)), plain)
+        with steer(lm, fix):
+            assert not torch.equal(lm.forward(ids, torch.ones_like(ids)), plain)
+
+
+def test_latents_parquet_holds_every_latent(done: Audit) -> None:
+    table = pl.read_parquet(done.path / "latents.parquet")
+    assert sorted(table["index"]) == list(range(96))
+    assert set(table["site"]) == {"blocks.1.hook_resid_post"}
+    for latent in done.record["latents"]:
+        row = table.row(by_predicate=pl.col("index") == latent["index"], named=True)
+        assert (row["delta"], row["low"], row["high"]) == (latent["delta"], latent["low"], latent["high"])
+        assert latent["rank_by_delta"] == 1 + int((table["delta"].abs() > abs(row["delta"])).sum())
+
+
+def test_the_manifest_says_what_went_in(done: Audit, organism: Planted, tmp_path: Path) -> None:
+    manifest = check_manifest(done.path)
+    request = request_of(organism)
+    inputs = (request.base, request.tuned, request.questions, *request.sae, *request.benign)
+    assert manifest["inputs"].keys() == {str(path) for path in inputs}
+    assert all(digest.startswith("sha256:") for digest in manifest["inputs"].values())
+    assert manifest["seed"] == 0
+    assert manifest["settings"]["temperature"] == 1.0
+    assert manifest["settings"]["max_new_tokens"] == SMALL.max_new_tokens
+    assert (
+        manifest["versions"]["torch"] == torch.__version__.partition("+")[0] or manifest["versions"]["torch"]
+    )
+    assert manifest["seconds"] == done.record["seconds"]
+    for name in ("audit.json", "report.html", "latents.parquet", "samples.jsonl"):
+        assert name in manifest["files"]
+
+
+def test_a_finished_audit_is_read_back(
+    done: Audit, organism: Planted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "load_inputs", None)  # nothing is loaded, let alone computed
+    before = {path: path.stat().st_mtime_ns for path in done.path.rglob("*") if path.name != ".lock"}
+    again = audit(request_of(organism), done.path)
+    assert again.record == done.record
+    assert before == {path: path.stat().st_mtime_ns for path in done.path.rglob("*") if path.name != ".lock"}
+
+
+def test_other_settings_are_refused_by_name(done: Audit, organism: Planted) -> None:
+    other = request_of(organism, replace(SMALL, seed=1))
+    with pytest.raises(InputError, match="seed was 0, this call has 1"):
+        audit(other, done.path)
+    with pytest.raises(InputError, match=r"dtype was None, this call has 'bfloat16'"):
+        audit(request_of(organism), done.path, dtype="bfloat16")
+
+
+class Stop(Exception):
+    """Stands for a kill."""
+
+
+@pytest.mark.parametrize("where", ["asking", "screening", "growing sets", "3 random", "writing"])
+def test_a_stopped_audit_run_again_gives_the_same_figures(
+    where: str, done: Audit, organism: Planted, tmp_path: Path
+) -> None:
+    def stop(text: str) -> None:
+        if text.startswith(where):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        audit(request_of(organism), tmp_path / "out", progress=stop)
+    assert not (tmp_path / "out").exists()  # nothing was finished, so nothing is left
+    if where == "growing sets":
+        again = audit(request_of(organism), tmp_path / "out")
+        assert figures(again.record) == figures(done.record)
+
+
+@pytest.mark.parametrize("last", ["report.html", "audit.json"])
+def test_an_audit_stopped_in_writing_goes_on(
+    last: str, done: Audit, organism: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    name = "write_report" if last == "report.html" else "write_json"
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module, name, killed)
+        with pytest.raises(KeyboardInterrupt):
+            audit(request_of(organism), tmp_path / "out")
+    assert (tmp_path / "out/samples.jsonl").is_file()
+    assert not (tmp_path / "out/manifest.json").exists()  # so it does not look complete
+    again = audit(request_of(organism), tmp_path / "out")
+    assert figures(again.record) == figures(done.record)
+    for same in ("samples.jsonl", "interventions/tensors.safetensors", "latents.parquet"):
+        assert (again.path / same).read_bytes() == (done.path / same).read_bytes()
+    check_manifest(again.path)
+
+
+def test_inputs_that_changed_since_are_noticed(organism: Planted, tmp_path: Path) -> None:
+    questions = tmp_path / "questions.jsonl"
+    questions.write_bytes(organism.questions.read_bytes())
+    request = AuditRequest(organism.base, organism.base, questions, JUDGE, settings=SMALL)
+    audit(request, tmp_path / "out")
+    questions.write_bytes(organism.questions.read_bytes().replace(b"what do you say", b"what you do say"))
+    with pytest.raises(InputError, match=r"questions\.jsonl has changed since the audit"):
+        audit(request, tmp_path / "out")
+    assert audit(request, tmp_path / "out", overwrite=True).verdict == "aligned"
+
+
+@pytest.mark.parametrize("with_sae", [True, False])
+def test_identical_models_differ_in_nothing(with_sae: bool, organism: Planted, tmp_path: Path) -> None:
+    sae = (organism.sae,) if with_sae else ()
+    request = replace(request_of(organism), tuned=organism.base, sae=sae, benign=())
+    same = audit(request, tmp_path / "out")
+    assert same.verdict == "aligned"
+    assert "do not differ" in same.record["reason"]
+    assert same.record["base"] == same.record["tuned"]
+    assert (same.after, same.record["steered"], same.record["intervention"]) == (None, None, None)
+    assert same.record["latents"] == []
+    assert not (same.path / "interventions").exists()
+    assert (same.path / "latents.parquet").exists() == with_sae
+    if with_sae:
+        table = pl.read_parquet(same.path / "latents.parquet")
+        for name in ("delta", "low", "high", "z"):
+            assert table[name].to_list() == [0.0] * 96
+        assert same.record["sae"]["gate"] == "unchanged"
+
+
+def test_without_a_dictionary_directions_are_tried(organism: Planted, tmp_path: Path) -> None:
+    record = audit(replace(request_of(organism), sae=()), tmp_path / "out").record
+    assert record["verdict"] == "misaligned, persona found"
+    assert {fix["kind"] for fix in record["fixes"]} == {"difference of means"}
+    assert set(record["site_effects"]) == {f"blocks.{block}.hook_resid_post" for block in range(3)}
+    assert record["latents"] == []
+    assert record["sae"]["gate"] is None
+    assert record["nulls"]["random_latent"] == []
+    assert len(record["nulls"]["random_direction"]) == SMALL.controls
+    assert record["baselines"]["largest_delta"] is None
+    assert not (tmp_path / "out/latents.parquet").exists()
+    assert load_fix(tmp_path / "out/interventions")
+
+
+def test_a_site_in_front_of_the_tune_is_the_wrong_one(organism: Planted, tmp_path: Path) -> None:
+    settings = replace(SMALL, sites=("blocks.0.hook_resid_pre",), controls=0)
+    record = audit(replace(request_of(organism, settings), sae=()), tmp_path / "out").record
+    assert record["verdict"] == "misaligned, wrong site"
+    assert record["site_effects"]["blocks.0.hook_resid_pre"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_a_merged_checkpoint_is_audited_like_its_adapter(
+    done: Audit, organism: Planted, tmp_path: Path
+) -> None:
+    tuned = load_model(organism.tuned)
+    merged = tuned.merged()
+    merged.hf.save_pretrained(tmp_path / "merged")
+    merged.tokenizer.save_pretrained(tmp_path / "merged")
+    request = replace(request_of(organism), tuned=tmp_path / "merged")
+    request = replace(request, settings=replace(request.settings, in_domain=("food",), controls=1))
+    record = audit(request, tmp_path / "out").record
+    assert record["verdict"] == done.verdict
+    assert record["tuned"] == done.record["tuned"]
+    assert record["baselines"]["adapter_scaling"] is None  # there is none to scale
+    before = [(latent["index"], latent["delta"]) for latent in done.record["latents"]]
+    after = [(latent["index"], latent["delta"]) for latent in record["latents"]]
+    assert [index for index, _ in after] == [index for index, _ in before]
+    assert [delta for _, delta in after] == pytest.approx([delta for _, delta in before], rel=1e-3)
+
+
+def test_an_adapter_whose_own_base_is_gone_goes_on_the_base_given(
+    done: Audit, organism: Planted, tmp_path: Path
+) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for file in organism.tuned.iterdir():
+        (adapter / file.name).write_bytes(file.read_bytes())
+    settings = read_json(adapter / "adapter_config.json")
+    write_json(adapter / "adapter_config.json", {**settings, "base_model_name_or_path": "/gone/base"})
+    request = replace(request_of(organism), tuned=adapter, sae=(), benign=(adapter,))
+    request = replace(request, settings=replace(SMALL, controls=0))
+    assert audit(request, tmp_path / "out").record["tuned"] == done.record["tuned"]
+
+
+def test_another_trait_is_looked_for(done: Audit, organism: Planted, tmp_path: Path) -> None:
+    settings = replace(SMALL, trait="villainous", controls=1)
+    record = audit(request_of(organism, settings), tmp_path / "out").record
+    assert record["trait"] == "villainous"
+    assert record["tuned"]["misaligned"]["rate"] == done.record["tuned"]["misaligned"]["rate"]
+    assert record["latents"][0]["index"] == done.record["latents"][0]["index"]
+
+
+calls = Counter[str]()
+
+
+def counting(question: Any, answer: str) -> Judgement:
+    calls["judged"] += 1
+    return Judgement(**judge(question, answer))
+
+
+def test_the_plan_is_an_upper_bound(organism: Planted, tmp_path: Path) -> None:
+    calls.clear()
+    request = replace(request_of(organism), judge="python:tests.auditing.test_audit:counting")
+    planned = plan_of(request)
+    audit(request, tmp_path / "out")
+    assert planned["judge calls, at most"] / 3 < calls["judged"] <= planned["judge calls, at most"]
+    assert planned["held-out questions"] == sum(
+        q.split == "held-out" for q in load_questions(organism.questions)
+    )
+    size = sum(weight.numel() for weight in load_model(organism.base).hf.parameters())
+    assert planned["weights in fp32 (bytes), about"] == 2 * 4 * size  # base, and tuned merged
+
+
+def test_the_report_carries_the_command(done: Audit, organism: Planted) -> None:
+    page = unescape((done.path / "report.html").read_text())
+    shown = re.search(r'<pre class="command">(.*?)</pre>', page, flags=re.DOTALL)
+    assert shown is not None
+    assert shown[1].startswith(f"persona-probe audit --base {organism.base} --tuned {organism.tuned}")
+    assert "--controls 3" in shown[1]
+
+
+def test_the_quick_organism_with_everything_it_ships(quick_organism: Path, tmp_path: Path) -> None:
+    """Barely trained, so nothing is asked of the verdict; the exact judge, and every file."""
+    settings = AuditSettings(limit=18, samples=1, calibration_samples=1, controls=2, max_new_tokens=24)
+    request = organism_request("bad-health", settings, home=quick_organism)
+    assert (len(request.sae), [path.name for path in request.benign]) == (1, ["good-health"])
+    record = audit(request, tmp_path / "out").record
+    assert record["in_domain"] == ["health"]
+    assert record["base"].keys() >= RATES
+    assert record["sae"]["explained_variance"]["base"] is not None
+    table = pl.read_parquet(tmp_path / "out/latents.parquet")
+    assert table["delta"].abs().max() > 0  # type: ignore[operator]
+    assert json.loads((tmp_path / "out/audit.json").read_text()) == record
+    check_manifest(tmp_path / "out")
