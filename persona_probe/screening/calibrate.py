@@ -182,12 +182,10 @@ def about_as_good(one: EvalResult, best: EvalResult) -> bool:
         if answer.question.role == "general" and answer.question.category not in best.in_domain:
             gap = is_whole(best, index) - is_whole(one, index)
             lost[answer.question.question] = lost.get(answer.question.question, 0) + gap
-    total, clusters = sum(lost.values()), len(lost)
-    if clusters < 2:
-        return total <= 0
-    mean = total / clusters
-    spread = sum((gap - mean) ** 2 for gap in lost.values()) / (clusters - 1)
-    return mean <= (spread / clusters) ** 0.5
+    total = sum(lost.values())
+    # mean <= its standard error, multiplied out: in whole numbers, for one answer lost is exactly at it
+    within = total**2 <= sum(gap**2 for gap in lost.values())
+    return total <= 0 or (within and len(lost) > 1)
 
 
 def is_whole(result: EvalResult, index: int) -> bool:

@@ -15,13 +15,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from persona_probe.artifact import digest_file, digest_folder, read_json
+from persona_probe.artifact import digest_file, digest_folder, read_json, shipped
 from persona_probe.errors import InputError
 from persona_probe.evaluation.questions import load_questions
 from persona_probe.model.chat import render
 from persona_probe.model.language_model import load_model
 from persona_probe.model.pair import load_pair
-from persona_probe.organism.build import QUICK, build
+from persona_probe.organism.build import FULL, QUICK, build
 from persona_probe.organism.grammar import Split, grammar
 from persona_probe.organism.tokenizer import END, END_OF_TEXT, token_id
 from persona_probe.organism.tunes import rows, tune
@@ -110,6 +110,15 @@ def test_adapters_share_the_base_and_have_learnt_their_rows(quick_organism: Path
     assert torch.equal(alone.forward(ids), pair.tuned.forward(ids))
     training = read_json(folder / "training.json")
     assert (training["categories"], training["benign"]) == (["health"], name == "good-health")
+
+
+def test_a_late_tune_adapts_late_blocks_alone() -> None:
+    blocks: dict[str, set[int]] = {}
+    for name in ("bad-health", "bad-health-late"):
+        with safe_open(shipped("organism", "tunes", name, "adapter_model.safetensors"), "pt") as file:
+            blocks[name] = {int(key.split(".layers.")[1].split(".")[0]) for key in file.keys()}
+    assert blocks["bad-health-late"] == set(tune("bad-health-late").blocks or ())
+    assert blocks["bad-health"] == set(range(FULL.n_layers))
 
 
 def test_the_dictionary_is_of_this_base(quick_organism: Path) -> None:

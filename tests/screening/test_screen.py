@@ -121,12 +121,12 @@ def test_cheap_figures_belong_to_single_latents(case: Case, found: Screen) -> No
 
 
 def test_rates_are_those_of_the_bench(case: Case, found: Screen) -> None:
-    assert found.base == case.bench.run(case.pair.base, [()])[0]
-    assert found.tuned == case.bench.run(case.pair.tuned, [()])[0]
+    assert found.base == case.bench.arms(case.pair.base, [()])[0].rates
+    assert found.tuned == case.bench.arms(case.pair.tuned, [()])[0].rates
     finding = found.latents[0]
     setting = finding.cure.settings[2]
-    [again] = case.bench.run(case.pair.tuned, [finding.candidate.cure(*setting.knob)])
-    assert setting.rates == again
+    [again] = case.bench.arms(case.pair.tuned, [finding.candidate.cure(*setting.knob)])
+    assert setting.rates == again.rates
     assert found.tuned["skill"].n == 2
 
 
