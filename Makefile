@@ -34,7 +34,7 @@ demo: setup
 	$(BIN)/persona-probe audit
 
 test: setup
-	$(BIN)/python -m pytest --jaxtyping-packages=persona_probe,beartype.beartype
+	$(BIN)/python -m pytest --jaxtyping-packages=persona_probe,tower.beartype
 
 lint: setup
 	$(BIN)/ruff check .
