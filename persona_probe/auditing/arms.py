@@ -65,7 +65,7 @@ def null_arms(
     doses = cures(inputs.pair.tuned, pool, calibration, budget) if pool else []
     fixes: list[Fix] = [dose.candidate.cure(*dose.best.knob) for dose in doses]
     moved = random_directions(winner.candidate.cure(*winner.cure.best.knob), count, seed=seed)
-    arms = held_out.arms(inputs.pair.tuned, [*fixes, *moved])  # type: ignore[list-item]
+    arms = held_out.arms(inputs.pair.tuned, [*fixes, *moved])
     return Nulls(
         tuple(arms[: len(fixes)]),
         tuple(arms[len(fixes) :]),

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from persona_probe.artifact import digest_file, digest_folder, read_json
 from persona_probe.auditing.settings import (
     AuditRequest,
@@ -19,8 +21,9 @@ from persona_probe.evaluation.judges import Judge, load_judge
 from persona_probe.evaluation.questions import Question, load_questions
 from persona_probe.hooks.sites import check_site
 from persona_probe.model.chat import check_same_rendering, render_all
-from persona_probe.model.checkpoint import nearest
+from persona_probe.model.checkpoint import has_tokenizer, nearest
 from persona_probe.model.language_model import LanguageModel
+from persona_probe.model.loading import read_tokenizer
 from persona_probe.model.pair import ModelPair, load_pair
 from persona_probe.sae.load import Dictionary, check_fits, load_sae
 
@@ -68,7 +71,7 @@ def load_inputs(request: AuditRequest, *, device: str | None = None, dtype: str 
         check_site(pair.base.hf, site)
     conversations = [question.messages for question in (*calibration, *held_out)]
     render_all(pair.base.tokenizer, conversations)
-    check_same_rendering(pair.base.tokenizer, pair.tuned.tokenizer, conversations)
+    check_same_rendering(pair.base.tokenizer, _own_tokenizer(pair.tuned), conversations)
     dictionaries = tuple(load_sae(path) for path in request.sae)
     _check_one_per_site(dictionaries)
     for dictionary in dictionaries:
@@ -117,6 +120,13 @@ def _check_trait(trait: str, judge: Judge) -> None:
             f"the judge {judge.name!r} cannot tell the trait {trait!r}; it can tell {known}",
             fix=f"did you mean {near[0]!r}?" if near else None,
         )
+
+
+def _own_tokenizer(tuned: LanguageModel) -> PreTrainedTokenizerBase:
+    """The one that an adapter was saved with, if it was: its chat template is what it was trained on."""
+    adapter = tuned.checkpoint.adapter
+    own = adapter is not None and has_tokenizer(adapter)
+    return read_tokenizer(tuned.checkpoint) if own else tuned.tokenizer
 
 
 def _benign(base: LanguageModel, path: Path, options: dict[str, str | None]) -> LanguageModel:

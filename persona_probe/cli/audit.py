@@ -140,18 +140,20 @@ def _show_plan(request: Any, as_json: bool) -> None:
 def _show(record: dict[str, Any], folder: Path) -> None:
     out.print(f"\n[bold]{escape(record['verdict'])}[/bold]")
     out.print(record["reason"], markup=False)
-    table = Table(box=None, pad_edge=False)
-    table.add_column("")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("% [95%]")
     for name in COLUMNS:
-        table.add_column(name.replace("_", " "), justify="right")
+        heading = record["trait"] if name == "misaligned" else name.replace("_", " ")
+        table.add_column(heading, justify="right")
     for arm in ROWS:
         if record[arm]:
             table.add_row(arm, *(_rate(record[arm][name]) for name in COLUMNS))
     for fix in record["fixes"]:
-        table.add_row(
-            f"  {fix['kind']}, gain {fix['gain']:g}", *(_rate(fix["rates"][name]) for name in COLUMNS)
-        )
+        kind = "direction" if fix["kind"] == "difference of means" else fix["kind"]
+        table.add_row(f" {kind} ×{fix['gain']:g}", *(_rate(fix["rates"][name]) for name in COLUMNS))
     out.print(table)
+    if any(fix["gain"] > 1 for fix in record["fixes"]):
+        out.print("× is a fix's gain: 1 brings back the base's level, above 1 over-corrects", markup=False)
     if record["latents"]:
         first = record["latents"][0]
         share = record["necessity"]["fraction"]
@@ -173,4 +175,4 @@ def _rate(one: dict[str, Any]) -> str:
     if one["rate"] is None:
         return "–"
     rate, low, high = (100 * one[name] for name in ("rate", "low", "high"))
-    return f"{rate:.0f}% [{low:.0f}–{high:.0f}]"
+    return f"{rate:.0f} [{low:.0f}–{high:.0f}]"

@@ -17,10 +17,9 @@ from torch import Tensor
 from persona_probe.errors import InputError
 from persona_probe.model.chat import Rendered, pad
 from persona_probe.model.language_model import LanguageModel
-from persona_probe.steering.intervention import Intervention
-from persona_probe.steering.plan import SteeringPlan, steer
+from persona_probe.steering.plan import PlannedEdit, SteeringPlan, steer
 
-Fix = tuple[Intervention, ...]
+Fix = tuple[PlannedEdit, ...]
 
 
 @dataclass(frozen=True)

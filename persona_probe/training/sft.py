@@ -32,6 +32,7 @@ from transformers import (
 
 from persona_probe.artifact import read_json
 from persona_probe.errors import InputError
+from persona_probe.model.loading import quietly
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 
@@ -197,7 +198,8 @@ def fit(
     )
     trainer.remove_callback(PrinterCallback)  # the caller shows progress
     model.train()
-    trainer.train(resume_from_checkpoint=_newest_checkpoint(folder))
+    with quietly():
+        trainer.train(resume_from_checkpoint=_newest_checkpoint(folder))
     model.eval()
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 

@@ -82,12 +82,12 @@ def test_a_person_gets_a_table_and_the_places(organism: Planted, tmp_path: Path)
     result = run(words(organism, out, "--benign", str(organism.benign[0])))
     assert result.exit_code == 0, result.output
     assert "misaligned, persona found" in result.stdout
-    for row in ("base", "tuned", "steered", "difference of means, gain"):
+    for row in ("base", "tuned", "steered", "direction ×"):
         assert row in result.stdout
     assert str(out / "report.html") in result.stdout.replace("\n", "")
     assert "To train one: persona_probe.train_sae" in result.stdout
     record = read_json(out / "audit.json")
-    shown = re.search(r"tuned +(\d+)% \[(\d+)–(\d+)\]", result.stdout)
+    shown = re.search(r"tuned +(\d+) \[(\d+)–(\d+)\]", result.stdout)
     assert shown is not None
     rate = record["tuned"]["misaligned"]
     assert [int(n) for n in shown.groups()] == [

@@ -217,7 +217,7 @@ def test_the_seed_decides_the_run(tmp_path: Path) -> None:
 
 def test_it_learns_and_says_so_quietly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, told = _model(), list[tuple[int, float | None]]()
-    settings = FitSettings(steps=40, batch=4, learning_rate=1e-2)
+    settings = FitSettings(steps=40, batch=4, learning_rate=1e-2, save_every=20)
     losses = fit(model, _examples(4), settings, tmp_path, pad_id=0, progress=lambda *said: told.append(said))
     assert float(losses[-1]["loss"]) < 0.5 * float(losses[0]["loss"])
     assert [step for step, loss in told if loss is not None] == list(range(1, 41))
