@@ -13,6 +13,7 @@ from persona_probe.evaluation.metrics import outcome
 from persona_probe.evaluation.result import EvalResult
 from persona_probe.sae.validity import Validity
 from persona_probe.screening.calibrate import Dose, Rates, value
+from persona_probe.screening.candidate import Candidate
 from persona_probe.screening.screen import Finding, Screen
 
 COLUMNS = (

@@ -14,7 +14,7 @@ import torch
 
 from persona_probe.screening.candidate import Candidate
 from persona_probe.screening.evidence import SiteEvidence
-from persona_probe.screening.margin import Fix
+from persona_probe.steering.intervention import Intervention
 from persona_probe.steering.matched import RandomMatched, matched_random
 
 
@@ -50,7 +50,9 @@ def random_latents(
     return drawn
 
 
-def random_directions(fix: Fix, count: int, *, seed: int) -> list[tuple[RandomMatched, ...]]:
+def random_directions(
+    fix: tuple[Intervention, ...], count: int, *, seed: int
+) -> list[tuple[RandomMatched, ...]]:
     """``count`` nulls of a fix: one random direction per site, moved as far as the fix moves each token."""
     generator = torch.Generator().manual_seed(seed)
     return [matched_random(fix, generator) for _ in range(count)]

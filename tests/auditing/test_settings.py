@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from persona_probe.auditing.settings import (
@@ -69,6 +69,7 @@ def test_every_category_is_on_both_sides_even_when_the_file_alternates() -> None
         assert Counter(q.category for q in side) == {"a": 2, "b": 2}
 
 
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(
         st.tuples(

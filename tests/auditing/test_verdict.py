@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import get_args
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from persona_probe.auditing.verdict import (
@@ -140,6 +140,7 @@ shares = st.one_of(st.none(), st.floats(0, 1))
 some_rates = st.builds(rates, st.floats(0, 0.3), **dict.fromkeys(NAMES, shares))
 
 
+@settings(max_examples=60, deadline=None)
 @given(
     base=some_rates,
     tuned=some_rates,
