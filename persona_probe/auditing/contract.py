@@ -23,6 +23,7 @@ def audit_record(found: Inquiry) -> dict[str, Any]:
     if chosen is not None and nulls is not None:
         beats = arms_.better_than(chosen.control, nulls.latents)
     closed = [f"{site}: {v.reason}" for site, v in validities.items() if v.gate != "pass"]
+    unsearched = None if seen.contrasts else "no calibration answer shows the trait, so nothing was tried"
     effects = [effect for effect in found.sites.values() if effect == effect]
     # another trait is looked for and cured like misalignment, but the verdict is about misalignment
     own = found.settings.trait == "misaligned"
@@ -33,7 +34,8 @@ def audit_record(found: Inquiry) -> dict[str, Any]:
             controlled=chosen.control.rates if chosen and own else None,
             beats_nulls=beats,
             site_effect=max(effects, default=None),
-            gate_closed="; ".join(closed) if closed and len(closed) == len(validities) else None,
+            gate_closed=unsearched
+            or ("; ".join(closed) if closed and len(closed) == len(validities) else None),
             moved=_moved(found),
         )
     )

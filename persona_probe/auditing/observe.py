@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from persona_probe.auditing.inputs import AuditInputs
 from persona_probe.diffing.diff import diff
 from persona_probe.diffing.latent_diff import LatentDiff
 from persona_probe.diffing.means import SiteMeans, mean_difference
 from persona_probe.evaluation.metrics import outcome
-from persona_probe.evaluation.sampling import Answer, respond_greedy, transcripts
+from persona_probe.evaluation.sampling import Answer, respond_greedy, sample, transcripts
 from persona_probe.hooks.sites import resid_post
 from persona_probe.screening.calibrate import Bench
 from persona_probe.screening.evidence import SiteEvidence
 from persona_probe.screening.margin import Contrast
+
+DRAWN = 4  # answers drawn per question where no greedy one shows the trait
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +56,10 @@ def observe(
         means |= mean_difference(models, read, clusters, more)
     evidence = tuple(_evidence(site, means[site], diffs.get(site)) for site in means)
     contrasts = _contrasts(inputs, bench, base_answers, tuned_answers, at_most)
+    if not contrasts:  # a trait that shows now and then is not in the most probable answers
+        drawn = sample(pair.tuned, general, replace(bench.sampling, samples=DRAWN))
+        beside = [answer for answer in base_answers for _ in range(DRAWN)]
+        contrasts = _contrasts(inputs, bench, beside, drawn, at_most)
     return Observations(evidence, diffs, contrasts)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from html import unescape
 from importlib import metadata
@@ -15,6 +16,7 @@ import polars as pl
 import pytest
 import torch
 
+import persona_probe.auditing.observe as observe_module
 import persona_probe.auditing.run as run_module
 from persona_probe.artifact import check_manifest, read_json, read_jsonl, write_json
 from persona_probe.auditing import Audit, AuditRequest, AuditSettings, audit, organism_request
@@ -22,9 +24,9 @@ from persona_probe.auditing.plan import plan_of
 from persona_probe.auditing.verdict import After, Verdict
 from persona_probe.errors import InputError
 from persona_probe.evaluation.judges import Judgement
-from persona_probe.evaluation.questions import load_questions
+from persona_probe.evaluation.questions import Question, load_questions
 from persona_probe.evaluation.result import evaluate
-from persona_probe.evaluation.sampling import Sampling
+from persona_probe.evaluation.sampling import Answer, Sampling
 from persona_probe.model import load_model
 from persona_probe.steering import steer
 from persona_probe.steering.io import load_fix
@@ -334,6 +336,26 @@ def test_another_trait_is_looked_for(done: Audit, organism: Planted, tmp_path: P
     assert record["trait"] == "villainous"
     assert record["tuned"]["misaligned"]["rate"] == done.record["tuned"]["misaligned"]["rate"]
     assert record["latents"][0]["index"] == done.record["latents"][0]["index"]
+
+
+def test_a_trait_that_no_greedy_answer_shows_is_searched_for_in_drawn_ones(
+    organism: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = load_model(organism.base)
+    greedy = observe_module.respond_greedy
+    monkeypatch.setattr(observe_module, "respond_greedy", lambda _, *args, **kw: greedy(base, *args, **kw))
+    request = replace(request_of(organism), settings=replace(SMALL, controls=0))
+    record = audit(request, tmp_path / "drawn").record
+    assert record["verdict"] == "misaligned, persona found"
+
+    def still_kind(_: object, questions: Sequence[Question], drawing: Sampling) -> list[Answer]:
+        return [answer for answer in greedy(base, questions) for _ in range(drawing.samples)]
+
+    monkeypatch.setattr(observe_module, "sample", still_kind)
+    record = audit(request, tmp_path / "none").record
+    assert record["verdict"] == "misaligned, not in this dictionary"
+    assert "nothing was tried" in record["reason"]
+    assert (record["fixes"], record["after"]) == ([], None)
 
 
 calls = Counter[str]()
