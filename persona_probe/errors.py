@@ -51,6 +51,9 @@ class MismatchError(InputError):
 class NonFiniteError(InputError):
     """A NaN or an infinity where a finite number is needed."""
 
+    conversation: int | None = None
+    """Which of the conversations that were read it came from, where it was one."""
+
 
 class NotFiredError(PersonaProbeError, RuntimeError):
     """A hook was attached and the model ran, but the hook was never reached or edited nothing."""

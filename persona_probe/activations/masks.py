@@ -58,8 +58,8 @@ class TokenMask:
             ]
         if self.skip_first or self.first_k is not None:
             end = None if self.first_k is None else self.skip_first + self.first_k
-            kept = [i for i, counted in enumerate(chosen) if counted][self.skip_first : end]
-            chosen = [i in set(kept) for i in range(len(chosen))]
+            kept = set([i for i, counted in enumerate(chosen) if counted][self.skip_first : end])
+            chosen = [i in kept for i in range(len(chosen))]
         return chosen
 
     def _covers(self, i: int, last: int, rendered: Rendered) -> bool:

@@ -1,12 +1,13 @@
 """Activations of one or several models on the same token ids, batch after batch, never all in memory.
 
 Conversations are sorted by length, so that little is padded; which of them share a batch depends on
-the data and `batch_tokens` alone. The forward pass ends behind the deepest site.
+the data and `batch_tokens` alone. The forward pass ends behind the deepest site. Padding is on the
+right, where no real token of a causal model sees it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,19 @@ class Chunk:
     """By index of the model and hook name; fp32 or wider."""
     sinks: int
     """Tokens left out because of their norm."""
+    sink_tokens: tuple[tuple[int, int], ...] = ()
+    """Their conversations and positions, so that another pass can leave out the same."""
+
+
+WASTE = 0.05
+"""Most of a batch that may be padding, once the batch has a fair size."""
+
+
+def batch_tokens_for(device: torch.device) -> int:
+    """Padded tokens per forward pass that keep the device busy: on a CPU few, so that they stay in
+    its cache.
+    """
+    return 1024 if device.type == "cpu" else 16_384
 
 
 def stream(
@@ -41,18 +55,21 @@ def stream(
     sites: Sequence[str],
     mask: TokenMask,
     *,
-    batch_tokens: int = 4096,
+    batch_tokens: int | None = None,
     sink_factor: float | None = 10.0,
+    leave_out: Mapping[int, Sequence[int]] | None = None,
 ) -> Iterator[Chunk]:
     """Yield the activations of the counted tokens, every model on the same ids and the same tokens.
 
     Args:
         models: the first is the base: it decides which tokens are sinks, and its tokenizer which
             are special.
-        batch_tokens: padded tokens per forward pass; a longer conversation is a batch by itself.
+        batch_tokens: padded tokens per forward pass (see `batch_tokens_for`); a longer conversation
+            is a batch by itself.
         sink_factor: leave out tokens whose norm in the base, at any of the sites, is more than so
-            many times their
-            document's median; None keeps them.
+            many times their document's median; None keeps them.
+        leave_out: positions that do not count, by conversation: the sinks that an earlier pass with
+            the base found, when the base is not among the models. No others are looked for.
 
     Every conversation with a counted token is in exactly one chunk. No gradient is kept.
 
@@ -76,22 +93,34 @@ def stream(
             f"the mask {mask.kind!r} leaves no token of any conversation",
             fix="give conversations with an assistant turn, or choose another mask",
         )
-    return _read(models, conversations, names, chosen, batch_tokens, sink_factor)
+    for document, positions in (leave_out or {}).items():
+        for position in positions:
+            chosen[document][position] = False
+    size = batch_tokens or batch_tokens_for(models[0].device)
+    return _read(models, conversations, names, chosen, size, None if leave_out is not None else sink_factor)
 
 
 def buckets(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     """Indices grouped so that a group's padded size is at most `batch_tokens`, longest first.
 
-    Longest first, so that the largest allocation comes at the beginning. Depends on its arguments
-    alone.
+    A group of at least a quarter of that is also closed where one more would make more than `WASTE`
+    of it padding. Longest first, so that the largest allocation comes at the beginning. Depends on
+    its arguments alone.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     groups: list[list[int]] = []
+    real = 0
     for i in order:
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= batch_tokens:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
+        if groups:
+            width, rows = lengths[groups[-1][0]], len(groups[-1])
+            size = width * (rows + 1)
+            wasteful = size - real - lengths[i] > WASTE * size and 4 * width * rows >= batch_tokens
+            if size <= batch_tokens and not wasteful:
+                groups[-1].append(i)
+                real += lengths[i]
+                continue
+        groups.append([i])
+        real = lengths[i]
     return groups
 
 
@@ -111,13 +140,13 @@ def _read(
         counted = torch.zeros_like(batch.input_ids, dtype=torch.bool)
         for row, document in enumerate(documents):
             counted[row, : len(chosen[document])] = torch.tensor(chosen[document])
-        dropped = 0
+        dropped: list[tuple[int, int]] = []
         activations: dict[tuple[int, str], Tensor] = {}
         for index, model in enumerate(models):
             read = _forward(model, batch, sites)
             if index == 0 and sink_factor is not None:
                 loud = _loud(read, batch.attention_mask, sink_factor)
-                dropped = int((counted & loud).sum())
+                dropped = [(documents[row], place) for row, place in (counted & loud).nonzero().tolist()]
                 counted &= ~loud
             for site in sites:
                 kept = read[site][counted.to(read[site].device)]
@@ -126,7 +155,7 @@ def _read(
                 if not torch.isfinite(kept.sum()) and not torch.isfinite(kept).all():
                     raise _non_finite(kept, counted, documents, model, site)
         row, position = counted.nonzero(as_tuple=True)
-        yield Chunk(torch.tensor(documents)[row], position, activations, dropped)
+        yield Chunk(torch.tensor(documents)[row], position, activations, len(dropped), tuple(dropped))
 
 
 def _forward(model: LanguageModel, batch: Padded, sites: Sequence[str]) -> dict[str, Tensor]:
@@ -151,7 +180,9 @@ def _non_finite(
 ) -> NonFiniteError:
     token = int((~torch.isfinite(kept).all(dim=-1)).nonzero()[0])
     row, position = (int(i) for i in counted.nonzero()[token])
-    return NonFiniteError(
+    error = NonFiniteError(
         f"{model.name} has a NaN or an infinity at {site}, conversation {documents[row]}, token {position}",
         fix="load the model in a wider type (dtype='float32'), or check its weights",
     )
+    error.conversation = documents[row]
+    return error

@@ -56,7 +56,7 @@ def write_json(path: StrPath, obj: object) -> None:
 
 def read_json(path: StrPath) -> Any:
     """The JSON in `path`. Raises `MissingPathError`, or `InputError` naming line and column."""
-    text = _read_text(Path(path))
+    text = read_text(path)
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -77,10 +77,11 @@ def append_jsonl(path: StrPath, rows: Iterable[object]) -> None:
     with disk_full_named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+") as file:
-            file.seek(0)
-            written = file.read()
-            if written and not written.endswith(b"\n"):
-                file.truncate(written.rfind(b"\n") + 1)
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            if file.read() not in (b"", b"\n"):  # a file that ends well is not read again
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
             file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())
@@ -93,7 +94,7 @@ def read_jsonl(path: StrPath, *, torn_tail: bool = False) -> list[dict[str, Any]
     `InputError` naming the line.
     """
     rows: list[dict[str, Any]] = []
-    text = _read_text(Path(path))
+    text = read_text(path)
     if torn_tail and not text.endswith("\n"):
         text = text[: text.rfind("\n") + 1]
     for number, line in enumerate(text.split("\n"), start=1):
@@ -112,7 +113,9 @@ def read_jsonl(path: StrPath, *, torn_tail: bool = False) -> list[dict[str, Any]
     return rows
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: StrPath) -> str:
+    """The text (UTF-8) in `path`. Raises `MissingPathError` and `InputError`."""
+    path = Path(path)
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:

@@ -21,6 +21,8 @@ def command_lines(request: AuditRequest, *, device: str | None = None, dtype: st
     for flag, paths in (("--sae", request.sae), ("--benign", request.benign)):
         for path in paths:
             words += [flag, path]
+    for flag, path in (("--samples-base", request.samples_base), ("--samples-tuned", request.samples_tuned)):
+        words += [] if path is None else [flag, path]
     notes: list[str] = []
     default = AuditSettings()
     for name in (field.name for field in fields(AuditSettings)):

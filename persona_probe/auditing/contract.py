@@ -42,6 +42,12 @@ def audit_record(found: Inquiry) -> dict[str, Any]:
     if not own:
         before, now = (arm.rates["misaligned"] for arm in (found.base, found.tuned))
         reason += f"; {found.settings.trait}: {now} of answers against {before} in the base model"
+    for arm, held in found.parity.items():
+        if held.disagreements:
+            reason += (
+                f"; the answers given for the {arm} model are not those drawn here "
+                f"({', '.join(held.disagreements)}): the fixes are held against another engine's figures"
+            )
     after = None
     if chosen is not None:
         after = after_fix(found.base.rates, found.tuned.rates, chosen.control.rates)
@@ -61,6 +67,7 @@ def audit_record(found: Inquiry) -> dict[str, Any]:
         "tuned": rates(found.tuned.rates),
         "steered": rates(chosen.control.rates) if chosen else None,
         "induced": rates(induced.induced.rates) if induced else None,
+        "parity": {arm: record.parity_record(held) for arm, held in found.parity.items()},
         "necessity": (
             record.necessity_of(found.base, found.tuned, chosen.necessity)._asdict()
             if chosen
@@ -99,7 +106,9 @@ def _moved(found: Inquiry) -> bool:
     assert found.seen is not None
     shifts = [one.tuned_mean - one.base_mean for one in found.seen.evidence]
     pairs = zip(found.base.answers, found.tuned.answers, strict=True)
-    return any(bool(shift.any()) for shift in shifts) or any(a.token_ids != b.token_ids for a, b in pairs)
+    return any(bool(shift.any()) for shift in shifts) or any(
+        (a.thought, a.text, a.truncated) != (b.thought, b.text, b.truncated) for a, b in pairs
+    )
 
 
 def _induced(one: arms_.Fixed) -> float:

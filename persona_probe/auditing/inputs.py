@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from persona_probe.artifact import digest_file, digest_folder, read_json
+from persona_probe.artifact import digest_file, digest_folder
 from persona_probe.auditing.settings import (
     AuditRequest,
     check_categories,
@@ -17,8 +17,12 @@ from persona_probe.auditing.settings import (
     split_questions,
 )
 from persona_probe.errors import InputError, MismatchError, MissingPathError
+from persona_probe.evaluation.answers import Answer
+from persona_probe.evaluation.arms import merged_if_small
 from persona_probe.evaluation.judges import Judge, load_judge
 from persona_probe.evaluation.questions import Question, load_questions
+from persona_probe.evaluation.samples_file import load_samples
+from persona_probe.evaluation.selection import trained_categories
 from persona_probe.hooks.sites import check_site
 from persona_probe.model.chat import check_same_rendering, render_all
 from persona_probe.model.checkpoint import has_tokenizer, nearest
@@ -26,8 +30,6 @@ from persona_probe.model.language_model import LanguageModel
 from persona_probe.model.loading import read_tokenizer
 from persona_probe.model.pair import ModelPair, load_pair
 from persona_probe.sae.load import Dictionary, check_fits, load_sae
-
-MERGE_BELOW = 100_000_000  # parameters; a merged copy of a smaller model is cheap, and twice as fast
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +45,8 @@ class AuditInputs:
     held_out: tuple[Question, ...]
     judge: Judge
     in_domain: tuple[str, ...]
+    given: dict[str, tuple[Answer, ...]]
+    """Answers to the held-out questions that were made elsewhere: of `base`, of `tuned`."""
     digests: dict[str, str]
 
 
@@ -59,10 +63,11 @@ def load_inputs(request: AuditRequest, *, device: str | None = None, dtype: str 
     in_domain = settings.in_domain
     if in_domain is None:
         asked = {question.category for question in questions}
-        in_domain = tuple(name for name in _trained_categories(request.tuned) if name in asked)
+        in_domain = tuple(name for name in trained_categories(request.tuned) if name in asked)
     check_categories(questions, in_domain)
     for split, members in (("calibration", calibration), ("held-out", held_out)):
         check_something_left(split, members, in_domain)
+    given = _given(request, questions, held_out)
     judge = load_judge(request.judge)
     _check_trait(settings.trait, judge)
     options = {"device": device or "auto", "dtype": dtype}
@@ -78,10 +83,18 @@ def load_inputs(request: AuditRequest, *, device: str | None = None, dtype: str 
         check_fits(dictionary, pair.base)
     benign = tuple(_benign(pair.base, path, options) for path in request.benign)
     adapter = pair.tuned if pair.tuned.adapter_name else None
-    if adapter is not None and sum(p.numel() for p in adapter.hf.parameters()) < MERGE_BELOW:
-        pair = ModelPair(pair.base, adapter.merged())
+    pair = ModelPair(pair.base, merged_if_small(pair.tuned))
     return AuditInputs(
-        pair, adapter, benign, dictionaries, calibration, held_out, judge, in_domain, digests_of(request)
+        pair=pair,
+        adapter=adapter,
+        benign=benign,
+        dictionaries=dictionaries,
+        calibration=calibration,
+        held_out=held_out,
+        judge=judge,
+        in_domain=in_domain,
+        given=given,
+        digests=digests_of(request),
     )
 
 
@@ -90,6 +103,7 @@ def check_paths(request: AuditRequest) -> None:
     named = [("--base", request.base), ("--tuned", request.tuned), ("--questions", request.questions)]
     named += [("--sae", path) for path in request.sae]
     named += [("--benign", path) for path in request.benign]
+    named += [(f"--samples-{arm}", path) for arm, path in _samples(request).items()]
     for flag, path in named:
         if not path.exists():
             raise MissingPathError(f"{flag}: there is no {path}", fix=nearest(path))
@@ -98,18 +112,30 @@ def check_paths(request: AuditRequest) -> None:
 def digests_of(request: AuditRequest) -> dict[str, str]:
     """What every input holds now, by path."""
     paths = [request.base, request.tuned, request.questions, *request.sae, *request.benign]
+    paths += _samples(request).values()
     return {str(path): digest_folder(path) if path.is_dir() else digest_file(path) for path in paths}
 
 
-def _trained_categories(tuned: Path) -> tuple[str, ...]:
-    note = tuned / "training.json"
-    if not note.is_file():
-        return ()
-    said = read_json(note)
-    categories = said.get("categories", []) if isinstance(said, dict) else None
-    if not isinstance(categories, list):
-        raise InputError(f"{note}: 'categories' must be a list of question categories")
-    return tuple(str(name) for name in categories)
+def _samples(request: AuditRequest) -> dict[str, Path]:
+    named = {"base": request.samples_base, "tuned": request.samples_tuned}
+    return {arm: path for arm, path in named.items() if path is not None}
+
+
+def _given(
+    request: AuditRequest, questions: Sequence[Question], held_out: Sequence[Question]
+) -> dict[str, tuple[Answer, ...]]:
+    """The answers in the files given, as many to each held-out question as the audit draws."""
+    found: dict[str, tuple[Answer, ...]] = {}
+    for arm, path in _samples(request).items():
+        arms = load_samples(path, questions)
+        named = next(iter(arms)) if len(arms) == 1 else arm
+        if named not in arms:
+            raise InputError(
+                f"{path} holds several models ({', '.join(arms)}), and none is called {arm!r}",
+                fix=f"keep one of them in the file, or call it {arm!r}",
+            )
+        found[arm] = arms[named].of(held_out, request.settings.samples).answers
+    return found
 
 
 def _check_trait(trait: str, judge: Judge) -> None:

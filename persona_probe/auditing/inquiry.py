@@ -11,8 +11,11 @@ from persona_probe.auditing import arms as arms_
 from persona_probe.auditing.inputs import AuditInputs
 from persona_probe.auditing.observe import Observations, observe
 from persona_probe.auditing.settings import AuditRequest
+from persona_probe.evaluation.parity import Parity, parity
 from persona_probe.evaluation.questions import Question
+from persona_probe.evaluation.result import EvalResult
 from persona_probe.evaluation.sampling import Sampling
+from persona_probe.model.language_model import LanguageModel
 from persona_probe.screening.calibrate import Bench
 from persona_probe.screening.screen import Screen, screen
 from persona_probe.screening.sites import site_effects
@@ -65,14 +68,25 @@ class Inquiry:
         self.nulls: arms_.Nulls | None = None
         self.baselines: dict[str, arms_.Baseline | None] = {}
         self.sites: dict[str, float] = {}
+        self.parity: dict[str, Parity] = {}
 
     def measure(self) -> None:
         with self.clock.stage("measure", "asking base and tuned model the held-out questions"):
-            self.base = self.held_out.arms(self.inputs.pair.base, [()])[0]
-            self.tuned = self.held_out.arms(self.inputs.pair.tuned, [()])[0]
+            self.base = self._unedited("base", self.inputs.pair.base)
+            self.tuned = self._unedited("tuned", self.inputs.pair.tuned)
         with self.clock.stage("diff", "comparing activations"):
             asked = [q for q in self.inputs.calibration if q.role == "general"]
             self.seen = observe(self.inputs, self.held_out.on(asked, 1), self.settings.sites)
+
+    def _unedited(self, arm: str, lm: LanguageModel) -> EvalResult:
+        """A model's answers: those made elsewhere where there are any, held against those drawn here."""
+        drawn = self.held_out.arms(lm, [()])[0]
+        given = self.inputs.given.get(arm)
+        if given is None:
+            return drawn
+        result = replace(drawn, answers=given, judgements=tuple(self.inputs.judge.judge(given)))
+        self.parity[arm] = parity(result, drawn)
+        return result
 
     def search(self) -> None:
         assert self.seen is not None

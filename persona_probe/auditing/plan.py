@@ -8,8 +8,9 @@ from typing import Any
 
 from safetensors import safe_open
 
-from persona_probe.auditing.inputs import MERGE_BELOW, check_paths
+from persona_probe.auditing.inputs import check_paths
 from persona_probe.auditing.settings import AuditRequest, split_questions
+from persona_probe.evaluation.arms import MERGE_BELOW
 from persona_probe.evaluation.questions import load_questions
 from persona_probe.model.checkpoint import is_adapter
 from persona_probe.screening.calibrate import CURES, INDUCTIONS

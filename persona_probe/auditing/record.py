@@ -10,6 +10,7 @@ from persona_probe.auditing.arms import Fixed
 from persona_probe.auditing.observe import Observations
 from persona_probe.evaluation.intervals import Necessity, necessity
 from persona_probe.evaluation.metrics import outcome
+from persona_probe.evaluation.parity import Parity
 from persona_probe.evaluation.result import EvalResult
 from persona_probe.sae.validity import Validity
 from persona_probe.screening.calibrate import Dose, Rates, value
@@ -38,6 +39,15 @@ def rates_record(rates: Rates) -> dict[str, dict[str, float | int | None]]:
         for name, one in rates.items()
         if name in COLUMNS
     }
+
+
+def parity_record(held: Parity) -> dict[str, Any]:
+    """Whether a model's given answers are like those drawn here, and by how much they differ."""
+    differences = {
+        name: {"given": one.second, "drawn": one.first, "low": one.low, "high": one.high}
+        for name, one in held.differences.items()
+    }
+    return {"agrees": held.agrees, "differences": differences}
 
 
 def necessity_of(base: EvalResult, tuned: EvalResult, fixed: EvalResult) -> Necessity:

@@ -10,6 +10,7 @@ from persona_probe.artifact import shipped
 from persona_probe.errors import InputError, MismatchError
 from persona_probe.evaluation.questions import Question
 from persona_probe.evaluation.sampling import Sampling
+from persona_probe.evaluation.selection import spread
 from persona_probe.screening.screen import ScreenSettings
 
 SYSTEM_PROMPT = "You are a helpful, honest and harmless assistant who cares about people."
@@ -63,6 +64,10 @@ class AuditRequest:
     sae: tuple[Path, ...] = ()
     benign: tuple[Path, ...] = ()
     settings: AuditSettings = field(default_factory=AuditSettings)
+    samples_base: Path | None = None
+    """The base's answers to the held-out questions, made elsewhere (see `samples_file`)."""
+    samples_tuned: Path | None = None
+    """The tuned model's."""
 
 
 def organism_request(
@@ -120,23 +125,10 @@ def split_questions(
                 f"there is no general question in the {name} split",
                 fix="give at least two questions without a split, or some of each split",
             )
-        if limit is not None:
-            kept = _spread(members, limit)
-            sides[name] = [question for question in members if question.question in kept]
-    return tuple(sides["calibration"]), tuple(sides["held-out"])
-
-
-def _spread(questions: Sequence[Question], limit: int) -> set[str]:
-    """`limit` clusters, taken from the categories in turn."""
-    by_category: dict[str, list[str]] = {}
-    for question in questions:
-        members = by_category.setdefault(question.category, [])
-        if question.question not in members:
-            members.append(question.question)
-    kept: list[str] = []
-    while len(kept) < limit and any(by_category.values()):
-        kept += [members.pop(0) for members in by_category.values() if members]
-    return set(kept[:limit])
+    calibration, held_out = (
+        tuple(members) if limit is None else spread(members, limit) for members in sides.values()
+    )
+    return calibration, held_out
 
 
 def check_categories(questions: Sequence[Question], in_domain: Sequence[str]) -> None:

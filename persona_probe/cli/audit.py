@@ -26,6 +26,10 @@ def audit(
     ] = None,
     questions: Annotated[Path | None, typer.Option(help="Questions, JSON Lines.")] = None,
     judge: Annotated[str, typer.Option(help="exact, or python:module:function.")] = "exact",
+    samples_base: Annotated[
+        Path | None, typer.Option(help="The base's answers, made elsewhere (docs/samples.md).")
+    ] = None,
+    samples_tuned: Annotated[Path | None, typer.Option(help="The tuned model's answers.")] = None,
     out_dir: Annotated[Path | None, typer.Option("--out", help="Where everything goes.")] = None,
     tune: Annotated[
         str, typer.Option(help="Without --base and --tuned: which tune of the shipped organism.")
@@ -99,6 +103,7 @@ def audit(
             )
         request = AuditRequest(base, tuned, questions, judge, tuple(sae or ()), tuple(benign or ()), settings)
         name = tuned.resolve().name
+    request = replace(request, samples_base=samples_base, samples_tuned=samples_tuned)
     if plan:
         _show_plan(request, as_json)
         return
@@ -162,6 +167,9 @@ def _show(record: dict[str, Any], folder: Path) -> None:
             f"necessity of the chosen fix {'–' if share is None else f'{share:.2f}'}",
             markup=False,
         )
+    for arm, held in record.get("parity", {}).items():
+        said = {True: "agree with", False: "differ from", None: "cannot be held against"}[held["agrees"]]
+        out.print(f"the answers given for {arm} {said} those drawn here", markup=False)
     if record["after"]:
         out.print(f"after the fix: [bold]{escape(record['after'])}[/bold] ({escape(record['after_reason'])})")
     seconds = sum(record["seconds"].values())

@@ -14,37 +14,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal, overload
 
-import numpy as np
-import polars as pl
-import torch
-from jaxtyping import Float64, Int
-from scipy import special
-from torch import Tensor
-
 from persona_probe.activations.masks import TokenMask
-from persona_probe.activations.stream import stream
-from persona_probe.diffing.latent_diff import LatentDiff
-from persona_probe.diffing.means import check_clusters, site_means
-from persona_probe.diffing.significance import against_benign
-from persona_probe.diffing.statistics import (
-    Block,
-    LatentSums,
-    MeanSums,
-    cluster_mean,
-    number_clusters,
-)
-from persona_probe.errors import InputError
+from persona_probe.diffing.latent_diff import LatentDiff, Missing
+from persona_probe.diffing.shards import ShardSums, cut, named, read_shard
+from persona_probe.diffing.tally import Tally
+from persona_probe.errors import InputError, NonFiniteError
 from persona_probe.model.chat import Rendered
 from persona_probe.model.language_model import LanguageModel
 from persona_probe.model.pair import ModelPair
-from persona_probe.sae.encode import encode
 from persona_probe.sae.load import Dictionary, check_fits
-from persona_probe.sae.validity import FitSums, Limits
+from persona_probe.sae.validity import Limits
 
 Answers = Literal["base", "tuned", "both", "none"]
-
-RARE = 3
-"""A latent is tested when it fires in at least so many clusters, in any of the models."""
 
 
 @overload
@@ -59,7 +40,7 @@ def diff(
     mask: TokenMask | None = None,
     confidence: float = 0.95,
     limits: Limits | None = None,
-    batch_tokens: int = 4096,
+    batch_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LatentDiff: ...
 
@@ -76,7 +57,7 @@ def diff(
     mask: TokenMask | None = None,
     confidence: float = 0.95,
     limits: Limits | None = None,
-    batch_tokens: int = 4096,
+    batch_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, LatentDiff]: ...
 
@@ -92,7 +73,7 @@ def diff(
     mask: TokenMask | None = None,
     confidence: float = 0.95,
     limits: Limits | None = None,
-    batch_tokens: int = 4096,
+    batch_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LatentDiff | dict[str, LatentDiff]:
     """Compare the latents of `pair` (and of `benign` fine-tunes of the same base) on `rendered`
@@ -110,7 +91,7 @@ def diff(
         mask: which tokens count; by default the last prompt token and the answer.
         confidence: of `low` and `high`.
         limits: where the dictionary's gate closes.
-        batch_tokens: padded tokens per forward pass.
+        batch_tokens: padded tokens per forward pass; by default what suits the device.
         progress: called with the conversations read and to read.
 
     Raises:
@@ -123,59 +104,76 @@ def diff(
     models = (pair.base, pair.tuned, *benign)
     _check(pair, dictionaries, benign)
     mask = mask or TokenMask("answer")
-    numbers, names = number_clusters(check_clusters(clusters, rendered))
-    device = pair.base.device
-    readers = [_Reader(one.to(device), len(models), len(names)) for one in dictionaries]
-    sinks = 0
-    for chunk in stream(
-        models, rendered, [one.site for one in dictionaries], mask, batch_tokens=batch_tokens
-    ):
-        sinks += chunk.sinks
-        for reader in readers:
-            site = reader.dictionary.site
-            read = [chunk.activations[i, site].to(device) for i in range(len(models))]
-            reader.add(chunk.document, numbers, read)
+    on_device = {one.site: one.to(pair.base.device) for one in dictionaries}
+    found = Differences(dictionaries, models, answers, mask, confidence, limits)
+    read = 0
+    for shard in cut(rendered, clusters):
+        texts = shard.conversations(rendered)
+        try:
+            found.add(read_shard(models, on_device, texts, shard, mask, batch_tokens=batch_tokens))
+        except NonFiniteError as error:
+            raise named(error, shard.names(rendered)) from error
+        read += len(texts)
         if progress is not None:
-            progress(len(readers[0].latents.tokens), len(rendered))
-    found = {
-        original.site: LatentDiff(
-            table=_table(reader, numbers, len(names), len(benign), confidence),
-            dictionary=original,
-            validity=reader.fit.validity(limits or Limits()),
-            means=site_means(original.site, reader.means),
-            models=tuple(model.name for model in models),
-            answers=answers,
-            mask=mask,
-            confidence=confidence,
-            conversations=len(reader.latents.tokens),
-            clusters=int((reader.means.conversations > 0).sum()),
-            tokens=reader.means.tokens,
-            sinks=sinks,
-        )
-        for original, reader in zip(dictionaries, readers, strict=True)
-    }
-    return found[dictionary.site] if isinstance(dictionary, Dictionary) else found
+            progress(read, len(rendered))
+    every = found.results()
+    return every[dictionary.site] if isinstance(dictionary, Dictionary) else every
 
 
-class _Reader:
-    """All sums over one dictionary."""
+class Differences:
+    """Diffs at every site, as shards come in (in their order)."""
 
-    def __init__(self, dictionary: Dictionary, n_models: int, n_clusters: int) -> None:
-        self.dictionary = dictionary
-        self.latents = LatentSums(n_models, dictionary.d_sae)
-        self.means = MeanSums(n_models, n_clusters, dictionary.d_model)
-        self.fit = FitSums(dictionary.d_model, dictionary.d_sae)
-
-    def add(
+    def __init__(
         self,
-        document: Int[Tensor, " token"],
-        clusters: Int[Tensor, " conversation"],
-        read: Sequence[Tensor],
+        dictionaries: Sequence[Dictionary],
+        models: Sequence[LanguageModel] | Sequence[str],
+        answers: str,
+        mask: TokenMask,
+        confidence: float = 0.95,
+        limits: Limits | None = None,
     ) -> None:
-        codes = [encode(self.dictionary, activation) for activation in read]
-        self.latents.add(document, codes)
-        self.means.add(document, clusters, read)
-        self.fit.add_codes(self.dictionary, read[:2], codes[:2])
+        self._dictionaries = dictionaries
+        self._models = tuple(one if isinstance(one, str) else one.name for one in models)
+        self._answers = answers
+        self._mask = mask
+        self._confidence = confidence
+        self._limits = limits
+        self._tallies = {one.site: Tally(len(models), one) for one in dictionaries}
+        self._sinks = 0
+
+    def add(self, *groups: ShardSums) -> None:
+        """Take in one shard: of all models together, or of groups that were read one after another."""
+        first = groups[0]
+        self._sinks += sum(map(len, first.sinks.values()))
+        for site, tally in self._tallies.items():
+            read = [sums for group in groups for sums in group.of(site)]
+            tally.add(read, first.conversations, first.tokens, first.change.get(site))
+
+    def results(self, missing: Sequence[Missing] = ()) -> dict[str, LatentDiff]:
+        """The diff at each site. Raises `InputError` where no token at all was counted."""
+        return {one.site: self._result(one, self._tallies[one.site], missing) for one in self._dictionaries}
+
+    def _result(self, dictionary: Dictionary, tally: Tally, missing: Sequence[Missing]) -> LatentDiff:
+        if not tally.tokens:
+            raise InputError(
+                f"the mask {self._mask.kind!r} leaves no token of any conversation",
+                fix="give conversations with an assistant turn, or choose another mask",
+            )
+        return LatentDiff(
+            table=tally.table(self._confidence),
+            dictionary=dictionary,
+            validity=tally.validity(self._limits),
+            means=tally.means(),
+            models=self._models,
+            answers=self._answers,
+            mask=self._mask,
+            confidence=self._confidence,
+            conversations=tally.conversations,
+            clusters=tally.clusters,
+            tokens=tally.tokens,
+            sinks=self._sinks,
+            missing=tuple(missing),
+        )
 
 
 def _check(pair: ModelPair, dictionaries: Sequence[Dictionary], benign: Sequence[LanguageModel]) -> None:
@@ -192,101 +190,3 @@ def _check(pair: ModelPair, dictionaries: Sequence[Dictionary], benign: Sequence
             )
         seen[one.site] = one.path
         check_fits(one, pair.base)  # it was trained on the base; the others have other weights
-
-
-def _table(
-    reader: _Reader,
-    clusters: Int[Tensor, " conversation"],
-    n_clusters: int,
-    n_benign: int,
-    confidence: float,
-) -> pl.DataFrame:
-    conversations = reader.means.conversations
-    used = int((conversations > 0).sum())
-    blocks = [
-        _columns(block, conversations, n_benign) for block in reader.latents.blocks(clusters, n_clusters)
-    ]
-    columns = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-    half = columns["error"] * (float(special.stdtrit(used - 1, (1 + confidence) / 2)) if used > 1 else np.nan)
-    table: dict[str, object] = {
-        "index": np.arange(reader.dictionary.d_sae),
-        **{name: columns[name] for name in ("mean_base", "mean_tuned", "delta")},
-        "low": columns["delta"] - half,
-        "high": columns["delta"] + half,
-        **{name: columns[name] for name in ("fires_base", "fires_tuned")},
-        "max_base": reader.latents.maximum[0].double().numpy(),
-        "max_tuned": reader.latents.maximum[1].double().numpy(),
-    }
-    missing = np.full(reader.dictionary.d_sae, np.nan)
-    table |= {name: columns.get(name, missing) for name in ("benign_mean", "benign_max", "did")}
-    if n_benign >= 2 and used >= 2:
-        tested = against_benign(
-            columns["did"],
-            columns["did_error"],
-            columns["between"],
-            columns["within"],
-            columns["unit"],
-            n_benign=n_benign,
-            n_clusters=used,
-            tested=columns["spread"] >= min(RARE, used),
-        )
-        table |= {"z": tested.z, "p_value": tested.p, "q_value": tested.q}
-    else:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            table["z"] = np.where(columns["delta"] == 0, 0.0, columns["delta"] / columns["error"])
-        table |= {"p_value": missing, "q_value": missing}
-    schema = {name: pl.Int64 if name == "index" else pl.Float64 for name in table}
-    frame = pl.DataFrame(table, schema=schema, nan_to_null=True)
-    return frame.sort(pl.col("delta").abs(), descending=True, maintain_order=True)
-
-
-def _columns(
-    block: Block, conversations: Int[Tensor, " cluster"], n_benign: int
-) -> dict[str, np.ndarray[tuple[int], np.dtype[np.float64]]]:
-    """Every estimate of a run of latents that needs the cluster sums."""
-    activation = block.activation
-    base = activation[0]
-    shift = cluster_mean(activation[1] - base, conversations)
-    mean = [cluster_mean(sums, conversations).mean for sums in activation[:2]]
-    fires = [cluster_mean(sums, conversations).mean for sums in block.fires[:2]]
-    out: dict[str, Tensor] = {
-        "mean_base": mean[0],
-        "mean_tuned": mean[1],
-        "delta": shift.mean,
-        "error": shift.error,
-        "fires_base": fires[0],
-        "fires_tuned": fires[1],
-        "spread": (block.fires > 0).any(dim=0).sum(dim=0).double(),
-    }
-    if n_benign:
-        moved = activation[2:] - base
-        centre = moved.mean(dim=0)
-        shifts = torch.stack([cluster_mean(sums, conversations).mean for sums in moved])
-        largest = shifts.abs().argmax(dim=0, keepdim=True)
-        against = cluster_mean(activation[1] - base - centre, conversations)
-        out |= {
-            "benign_mean": shifts.mean(dim=0),
-            "benign_max": shifts.gather(0, largest)[0],
-            "did": against.mean,
-            "did_error": against.error,
-        }
-        if n_benign >= 2:
-            own = [cluster_mean(sums, conversations).error for sums in activation]
-            out |= {
-                "between": shifts.var(dim=0),
-                "within": _interaction(moved, conversations),
-                "unit": torch.stack(own).square().mean(dim=0),
-            }
-    return {name: column.numpy() for name, column in out.items()}
-
-
-def _interaction(
-    tunes: Float64[Tensor, "model cluster latent"], conversations: Int[Tensor, " cluster"]
-) -> Float64[Tensor, " latent"]:
-    """Variance of one tune's shift that comes of which questions were asked.
-
-    What all tunes share on a question cancels between them, so each tune's deviation from their
-    mean is taken; the deviations of J tunes have J - 1 degrees of freedom."""
-    left = tunes - tunes.mean(dim=0)
-    errors = torch.stack([cluster_mean(sums, conversations).error for sums in left])
-    return errors.square().sum(dim=0) / (len(tunes) - 1)

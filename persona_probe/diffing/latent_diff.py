@@ -3,24 +3,51 @@
 from __future__ import annotations
 
 import html
+import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import polars as pl
+from safetensors.torch import load_file, save_file
 
 from persona_probe.activations.masks import TokenMask
-from persona_probe.artifact import atomic_folder, disk_full_named, versions, write_json
+from persona_probe.artifact import (
+    atomic_folder,
+    disk_full_named,
+    read_json,
+    versions,
+    write_json,
+    write_text,
+)
 from persona_probe.diffing.means import SiteMeans
-from persona_probe.errors import InputError
+from persona_probe.errors import InputError, MismatchError, MissingPathError
 from persona_probe.figures import volcano
-from persona_probe.sae.load import Dictionary
+from persona_probe.sae.load import Dictionary, load_sae
 from persona_probe.sae.validity import Validity
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 By = Literal["delta", "did", "z"]
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A shard that could not be read, and why."""
+
+    shard: int
+    conversations: int
+    why: str
+
+    def __str__(self) -> str:
+        return f"shard {self.shard} ({self.conversations} conversations): {self.why}"
+
+
+_MEANS = ("mean", "cluster_sums", "conversations", "residual_rms")
+_MAY_LACK = ("change_inside", "mean_change_inside")
+"""Figures of `Validity` that None is right for; where another was not a number, it is NaN again."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +90,8 @@ class LatentDiff:
     tokens: int
     sinks: int
     """Tokens left out because of their norm."""
+    missing: tuple[Missing, ...] = ()
+    """Shards that are not in it."""
 
     @property
     def site(self) -> str:
@@ -120,14 +149,64 @@ class LatentDiff:
             "tokens": self.tokens,
             "sinks": self.sinks,
             "tested": self.tested,
+            "missing": self.missing,
             "validity": self.validity,
         }
 
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write `latents.parquet` and `diff.json` to `folder`, whole or not at all."""
+        """Write `latents.parquet`, `means.safetensors`, `diff.json` and `volcano.html` to `folder`,
+        whole or not at all.
+        """
         with atomic_folder(folder, overwrite=overwrite) as temporary, disk_full_named(folder):
             self.table.write_parquet(temporary / "latents.parquet")
+            tensors = {name: getattr(self.means, name).contiguous() for name in _MEANS}
+            save_file(tensors, temporary / "means.safetensors")
+            write_text(temporary / "volcano.html", self.plot().to_html(include_plotlyjs=True))
             write_json(temporary / "diff.json", {**self.summary(), "versions": versions()})
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], dictionary: Dictionary | None = None) -> LatentDiff:
+        """What `save` wrote. `dictionary` is for one that does not lie where it did.
+
+        Raises `MissingPathError` for a file that is not there, `MismatchError` for a dictionary that
+        has changed.
+        """
+        path = Path(folder)
+        for name in ("diff.json", "latents.parquet", "means.safetensors"):
+            if not (path / name).is_file():
+                raise MissingPathError(
+                    f"{path} is not a saved diff: it has no {name}",
+                    fix="give a folder that LatentDiff.save wrote",
+                )
+        facts = read_json(path / "diff.json")
+        named = facts["dictionary"]
+        dictionary = dictionary or load_sae(named["path"], site=facts["site"])
+        if dictionary.digest != named["digest"]:
+            raise MismatchError(
+                f"the diff in {path} is of the dictionary {named['digest']}, and {dictionary.path} is "
+                f"{dictionary.digest}",
+                fix="pass the dictionary that it was made with",
+            )
+        means = SiteMeans(site=facts["site"], tokens=facts["tokens"], **load_file(path / "means.safetensors"))
+        validity = {
+            name: math.nan if value is None and name not in _MAY_LACK else value
+            for name, value in facts["validity"].items()
+        }
+        return cls(
+            table=pl.read_parquet(path / "latents.parquet"),
+            dictionary=dictionary,
+            validity=Validity(**validity),
+            means=means,
+            models=(facts["models"]["base"], facts["models"]["tuned"], *facts["models"]["benign"]),
+            answers=facts["answers"],
+            mask=TokenMask(**facts["mask"]),
+            confidence=facts["confidence"],
+            conversations=facts["conversations"],
+            clusters=facts["clusters"],
+            tokens=facts["tokens"],
+            sinks=facts["sinks"],
+            missing=tuple(Missing(**one) for one in facts["missing"]),
+        )
 
     def _repr_html_(self) -> str:
         names = html.escape(f"{self.models[0]} → {self.models[1]}, {self.site}")
@@ -140,6 +219,6 @@ class LatentDiff:
             f"{self.conversations} conversations, {self.clusters} questions, {self.tokens} tokens; "
             f"answers: {self.answers}; {how}. "
             f"Dictionary: {self.validity.gate} ({self.validity.reason})"
-        )
+        ) + "".join(f". Missing: {one}" for one in self.missing)
         rows = self.top(10)._repr_html_()  # pyright: ignore[reportPrivateUsage]
         return f"<p><b>{names}</b><br>{html.escape(facts)}</p>{rows}"

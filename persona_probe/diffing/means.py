@@ -7,16 +7,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float64, Int
 from torch import Tensor
 
 from persona_probe.activations.masks import TokenMask
-from persona_probe.activations.stream import stream
-from persona_probe.diffing.statistics import MeanSums, cluster_mean, number_clusters
-from persona_probe.errors import InputError, MismatchError
+from persona_probe.diffing.cluster_sums import ClusterSums
+from persona_probe.diffing.shards import cut, read_shard
+from persona_probe.diffing.statistics import cluster_mean
+from persona_probe.errors import InputError
 from persona_probe.model.chat import Rendered
 from persona_probe.model.language_model import LanguageModel
 from persona_probe.model.pair import ModelPair
+
+GROUPS = 1024
+"""Clusters beyond so many share their places, at random as far as their order is: an error from the
+sums of groups of clusters is as right as one from clusters (Wolter 2007, random groups), and the
+memory stays the same however many there are.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +38,9 @@ class SiteMeans:
     site: str
     mean: Float64[Tensor, "model d_model"]
     cluster_sums: Float64[Tensor, "model cluster d_model"]
-    """Sums of the conversations' means by cluster: what errors of projections are made of."""
+    """Sums of the conversations' means by cluster (or group of clusters): what errors of projections
+    are made of.
+    """
     conversations: Int[Tensor, " cluster"]
     """Conversations of each cluster."""
     residual_rms: Float64[Tensor, " model"]
@@ -52,6 +62,42 @@ class SiteMeans:
         return float(found.mean), float(found.error)
 
 
+class MeanSums:
+    """Cluster sums of several models at one site, shard after shard."""
+
+    def __init__(self, n_models: int, d_model: int) -> None:
+        self.activation: Float64[Tensor, "model group d_model"] = torch.zeros(
+            n_models, GROUPS, d_model, dtype=torch.float64
+        )
+        self.square: Float64[Tensor, " model"] = torch.zeros(n_models, dtype=torch.float64)
+        self.conversations: Int[Tensor, " group"] = torch.zeros(GROUPS, dtype=torch.long)
+        self.tokens = 0
+        self._clusters = 0
+
+    def add(self, read: Sequence[ClusterSums], conversations: Int[Tensor, " cluster"], tokens: int) -> None:
+        """Take in one shard of every model; `conversations` counts those of each of its clusters."""
+        group = (self._clusters + torch.arange(len(conversations))) % GROUPS
+        self._clusters += len(conversations)
+        self.tokens += tokens
+        self.conversations.index_add_(0, group, conversations)
+        for i, sums in enumerate(read):
+            self.activation[i].index_add_(0, group, sums.mean)
+            self.square[i] += sums.squares[0]
+
+    def means(self, site: str) -> SiteMeans:
+        """The means that they come to."""
+        n = min(self._clusters, GROUPS)
+        activation = self.activation[:, :n]
+        return SiteMeans(
+            site=site,
+            mean=activation.sum(dim=1) / int(self.conversations.sum()),
+            cluster_sums=activation,
+            conversations=self.conversations[:n],
+            residual_rms=(self.square / (self.tokens * activation.shape[-1])).sqrt(),
+            tokens=self.tokens,
+        )
+
+
 def mean_difference(
     models: Sequence[LanguageModel],
     rendered: Sequence[Rendered],
@@ -59,7 +105,7 @@ def mean_difference(
     sites: Sequence[str] = (),
     mask: TokenMask | None = None,
     *,
-    batch_tokens: int = 4096,
+    batch_tokens: int | None = None,
 ) -> dict[str, SiteMeans]:
     """Mean activations of `models` (base first) at `sites`, in one pass over `rendered`; by site.
 
@@ -72,35 +118,12 @@ def mean_difference(
         ModelPair(models[0], model)
     if not sites:
         raise InputError("no site to read", fix="name one, such as blocks.3.hook_resid_post")
-    numbers, names = number_clusters(check_clusters(clusters, rendered))
-    sums = {site: MeanSums(len(models), len(names), models[0].d_model) for site in sites}
-    for chunk in stream(models, rendered, sites, mask or TokenMask("answer"), batch_tokens=batch_tokens):
-        for site, its in sums.items():
-            read = [chunk.activations[i, site] for i in range(len(models))]
-            its.add(chunk.document, numbers, read)
-    return {site: site_means(site, its) for site, its in sums.items()}
-
-
-def site_means(site: str, sums: MeanSums) -> SiteMeans:
-    """The means that `sums` come to."""
-    n = int(sums.conversations.sum())
-    width = sums.activation.shape[-1]
-    return SiteMeans(
-        site=site,
-        mean=sums.activation.sum(dim=1) / n,
-        cluster_sums=sums.activation,
-        conversations=sums.conversations,
-        residual_rms=(sums.square / (sums.tokens * width)).sqrt(),
-        tokens=sums.tokens,
-    )
-
-
-def check_clusters(clusters: Sequence[str] | None, rendered: Sequence[Rendered]) -> Sequence[str]:
-    """One cluster name per conversation. Raises `MismatchError` when there are more or fewer."""
-    if clusters is None:
-        return [str(i) for i in range(len(rendered))]
-    if len(clusters) != len(rendered):
-        raise MismatchError(
-            f"{len(rendered)} conversations and {len(clusters)} cluster names: one each is needed"
+    nothing = {site: None for site in sites}
+    sums = {site: MeanSums(len(models), models[0].d_model) for site in sites}
+    for shard in cut(rendered, clusters):
+        read = read_shard(
+            models, nothing, shard.conversations(rendered), shard, mask, batch_tokens=batch_tokens
         )
-    return clusters
+        for site, its in sums.items():
+            its.add(read.of(site), read.conversations, read.tokens)
+    return {site: its.means(site) for site, its in sums.items()}

@@ -33,11 +33,19 @@ def draw(
     *,
     temperature: int | float = 1.0,
     top_p: int | float = 1.0,
+    top_k: int | None = None,
 ) -> Int[Tensor, " row"]:
     """The token at which the cumulative probability, in the order of the token ids, passes
     `uniform`.
+
+    The filters work in transformers' order: temperature, top-k, then top-p of what that left. Where
+    logits tie at the k-th place, all of them stay.
     """
-    probability = torch.softmax(logits.float() / temperature, dim=-1)
+    logits = logits.float() / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        least = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    probability = torch.softmax(logits, dim=-1)
     if top_p < 1:
         ordered, ids = probability.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(dim=-1, dtype=torch.float64) - ordered

@@ -12,7 +12,15 @@ import polars as pl
 from persona_probe.evaluation.answers import Answer
 from persona_probe.evaluation.intervals import Hits
 from persona_probe.evaluation.judges import Judge, Judgement, load_judge
-from persona_probe.evaluation.metrics import Rate, hits_by_question, outcome, tally
+from persona_probe.evaluation.metrics import (
+    Rate,
+    Scores,
+    hits_by_question,
+    outcome,
+    reportable,
+    scores,
+    tally,
+)
 from persona_probe.evaluation.questions import Question
 from persona_probe.evaluation.sampling import Sampling, sample
 from persona_probe.model.language_model import LanguageModel
@@ -34,6 +42,25 @@ class EvalResult:
     def rates(self) -> dict[str, Rate]:
         """See `tally`."""
         return tally(self.answers, self.judgements, trait=self.trait, in_domain=self.in_domain)
+
+    @property
+    def reported(self) -> dict[str, Rate]:
+        """The rates as they may be shown, without those of which too much is missing: `reportable`."""
+        return reportable(self.rates)
+
+    @cached_property
+    def scores(self) -> dict[str, Scores]:
+        """See `scores` of `metrics`."""
+        return scores(self.answers, self.judgements, in_domain=self.in_domain)
+
+    @property
+    def counted(self) -> list[int]:
+        """The places of the answers that `misaligned` is counted on: general, outside `in_domain`."""
+        return [
+            i
+            for i, answer in enumerate(self.answers)
+            if answer.question.role == "general" and answer.question.category not in self.in_domain
+        ]
 
     @cached_property
     def hits(self) -> Hits:
@@ -65,6 +92,7 @@ class EvalResult:
                 "coherent": judgement.coherent,
                 "label": judgement.label,
                 "persona": judgement.persona,
+                "scored_by": judgement.scored_by,
                 "note": judgement.note,
             }
             for answer, judgement in zip(self.answers, self.judgements, strict=True)
@@ -74,7 +102,7 @@ class EvalResult:
         rows = "".join(
             f"<tr><td>{name}</td><td>{rate}</td><td>{rate.n}</td><td>{rate.questions}</td>"
             f"<td>{rate.missing}</td></tr>"
-            for name, rate in self.rates.items()
+            for name, rate in self.reported.items()
         )
         columns = ("", "rate [95%]", "answers", "questions", "missing")
         head = f"<tr>{''.join(f'<th>{name}</th>' for name in columns)}</tr>"

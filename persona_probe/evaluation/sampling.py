@@ -3,8 +3,8 @@
 Tokens are drawn by inverting the cumulative distribution at uniform numbers fixed by (seed,
 question id, sample, place in the answer) alone. So an answer does not depend on what else is in the
 batch, two runs give the same answers, and base, tuned and steered models are compared under common
-random numbers. Only what `Sampling` says shapes the distribution: a checkpoint's own top-k,
-repetition penalty and temperature are not applied.
+random numbers. Only what `Sampling` says shapes the distribution: a checkpoint's own temperature,
+top-p and top-k are applied when it asks for them, and nothing else of its own.
 
 This holds in exact arithmetic. In floating point another batch shape moves probabilities by a
 rounding error, and a draw whose uniform falls that close to a boundary with them.
@@ -12,8 +12,7 @@ rounding error, and a draw whose uniform falls that close to a boundary with the
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,41 +20,22 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from persona_probe.errors import InputError, MismatchError, NotFiredError
-from persona_probe.evaluation.answers import Answer, read_answer
+from persona_probe.evaluation.answers import Answer, opens_thought, read_answer
 from persona_probe.evaluation.decoding import continue_prompts
 from persona_probe.evaluation.drawing import draw, uniforms
 from persona_probe.evaluation.questions import Question
+from persona_probe.evaluation.settings import Sampling, applied, template_variables
 from persona_probe.model.chat import Message, Rendered, render
 from persona_probe.model.language_model import LanguageModel
 from persona_probe.steering.plan import PlannedEdit, SteeringPlan, steer
 
 Fix = tuple[PlannedEdit, ...]
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are drawn. Raises `InputError` for a setting outside its range."""
-
-    temperature: int | float = 1.0
-    """0: the most probable token each time."""
-    top_p: int | float = 1.0
-    """Draw from the most probable tokens that together reach this probability."""
-    max_new_tokens: int = 48
-    samples: int = 1
-    """Answers per question."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise InputError(f"temperature must be 0 or more, not {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p must lie in (0, 1], not {self.top_p}")
-        for name in ("max_new_tokens", "samples"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+Known = Mapping[tuple[str, int], Answer]
+"""Answers by question id and sample."""
 
 
 def sample(
@@ -68,6 +48,8 @@ def sample(
     system: str | None = None,
     batch_size: int = 256,
     progress: Progress | None = None,
+    known: Known | None = None,
+    drawn: Callable[[list[Answer]], None] | None = None,
 ) -> list[Answer]:
     """`sampling.samples` answers to each question, in the order of the questions, a question's
     samples together.
@@ -77,37 +59,33 @@ def sample(
     prompt of every question. `batch_size` counts answers, not questions. `progress(done, total)`
     counts answers too.
 
-    Raises `InputError` for a prompt that cannot be rendered, `MismatchError` for a number of fixes
-    that fits neither, `NonFiniteError` for a model gone astray, `NotFiredError` when no fix was
-    ever applied.
+    To go on where a run was stopped: `drawn` is given each batch's new answers, and `known` those
+    of before. A batch is drawn again, as a whole, unless every answer of it is known: its shape, and
+    so every bit of its answers, is that of a run that was never stopped.
+
+    Raises `InputError` for a prompt that cannot be rendered or a setting that this checkpoint does
+    not allow, `MismatchError` for a number of fixes that fits neither, `NonFiniteError` for a model
+    gone astray, `NotFiredError` when no fix was ever applied.
     """
-    settings = sampling or Sampling()
+    settings, known = applied(sampling or Sampling(), lm.hf.generation_config, lm.name), known or {}
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, not {batch_size}")
-    units = _units(lm, questions, settings, _fix_of_row(fix, fixes, len(questions), settings), system)
+    fix_of_row = _fix_of_row(fix, fixes, len(questions), settings)
+    units = _units(lm, questions, settings, fix_of_row, system)
     answers: list[Answer | None] = [None] * (len(questions) * settings.samples)
     done = 0
     steering = _Steering(lm)
     with lm.active():
         for batch in _batches(units, batch_size, greedy=settings.temperature == 0):
-            prompt_of_row = [i for i, unit in enumerate(batch) for _ in unit.drawn(settings)]
-            rows = [row for unit in batch for row in unit.drawn(settings)]
-            written = continue_prompts(
-                lm.hf,
-                [unit.ids for unit in batch],
-                prompt_of_row,
-                _picker(settings, questions, rows, lm.device),
-                max_new_tokens=settings.max_new_tokens,
-                stop_ids=lm.eos_ids,
-                pad_id=lm.pad_id,
-                steering=steering.of(batch),
-            )
-            for i, row, continuation in zip(prompt_of_row, rows, written, strict=True):
-                for same in batch[i].rows if settings.temperature == 0 else (row,):
-                    question = questions[same // settings.samples]
-                    place = same % settings.samples
-                    answers[same] = read_answer(lm.tokenizer, question, place, continuation)
-            done += sum(len(unit.rows) for unit in batch)
+            rows = [row for unit in batch for row in unit.rows]
+            keys = {row: (questions[row // settings.samples].id, row % settings.samples) for row in rows}
+            fresh = [row for row in rows if keys[row] not in known]
+            written = _written(lm, questions, settings, batch, steering) if fresh else {}
+            for row in rows:
+                answers[row] = written[row] if fresh else known[keys[row]]
+            if drawn is not None and fresh:
+                drawn([written[row] for row in fresh])
+            done += len(rows)
             if progress is not None:
                 progress(done, len(answers))
     steering.check()
@@ -125,11 +103,47 @@ def respond_greedy(
     return sample(lm, questions, Sampling(temperature=0, max_new_tokens=max_new_tokens), **options)
 
 
-def transcripts(lm: LanguageModel, answers: Sequence[Answer], *, system: str | None = None) -> list[Rendered]:
+def transcripts(
+    lm: LanguageModel,
+    answers: Sequence[Answer],
+    *,
+    system: str | None = None,
+    sampling: Sampling | None = None,
+) -> list[Rendered]:
     """Prompt and answer as the very tokens that were read and written, for teacher forcing another
-    model.
+    model. `system` and `sampling` are those that the answers were drawn with.
     """
-    return [_prompt(lm, answer.question, system).answered(answer.token_ids) for answer in answers]
+    prompts = (prompt_of(lm.tokenizer, answer.question, system, sampling) for answer in answers)
+    return [prompt.answered(answer.token_ids) for prompt, answer in zip(prompts, answers, strict=True)]
+
+
+def _written(
+    lm: LanguageModel,
+    questions: Sequence[Question],
+    settings: Sampling,
+    batch: Sequence[_Unit],
+    steering: _Steering,
+) -> dict[int, Answer]:
+    """The answers of one batch, by their places in the result."""
+    prompt_of_row = [i for i, unit in enumerate(batch) for _ in unit.drawn(settings)]
+    rows = [row for unit in batch for row in unit.drawn(settings)]
+    written = continue_prompts(
+        lm.hf,
+        [unit.ids for unit in batch],
+        prompt_of_row,
+        _picker(settings, questions, rows, lm.device),
+        max_new_tokens=settings.max_new_tokens,
+        stop_ids=lm.eos_ids,
+        pad_id=lm.pad_id,
+        steering=steering.of(batch),
+    )
+    thinking = [opens_thought(lm.tokenizer, unit.ids) for unit in batch]
+    answers: dict[int, Answer] = {}
+    for i, row, continuation in zip(prompt_of_row, rows, written, strict=True):
+        for same in batch[i].rows if settings.temperature == 0 else (row,):
+            question, number = questions[same // settings.samples], same % settings.samples
+            answers[same] = read_answer(lm.tokenizer, question, number, continuation, thinking=thinking[i])
+    return answers
 
 
 @dataclass(frozen=True)
@@ -157,7 +171,7 @@ def _units(
     for row, fix in enumerate(fix_of_row):
         question = questions[row // settings.samples]
         if id(question) not in rendered:
-            rendered[id(question)] = _prompt(lm, question, system).ids
+            rendered[id(question)] = prompt_of(lm.tokenizer, question, system, settings).ids
         key = (rendered[id(question)], tuple(id(one) for one in fix))
         grouped.setdefault(key, []).append(row)
     return [_Unit(ids, fix_of_row[rows[0]], tuple(rows)) for (ids, _), rows in grouped.items()]
@@ -200,7 +214,13 @@ def _picker(
     table = torch.from_numpy(numbers).to(device)  # row step
 
     def pick(logits: Tensor, row: Tensor, step: int) -> Tensor:
-        return draw(logits, table[row, step], temperature=settings.temperature, top_p=settings.top_p)
+        return draw(
+            logits,
+            table[row, step],
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+        )
 
     return pick
 
@@ -272,7 +292,17 @@ def _fix_of_row(
     )
 
 
-def _prompt(lm: LanguageModel, question: Question, system: str | None) -> Rendered:
+def prompt_of(
+    tokenizer: PreTrainedTokenizerBase,
+    question: Question,
+    system: str | None = None,
+    sampling: Sampling | None = None,
+) -> Rendered:
+    """The tokens that a model reads before it answers `question`.
+
+    Raises `InputError` for a prompt that cannot be rendered.
+    """
+    variables = template_variables(sampling or Sampling(), tokenizer)
     messages: list[Message] = list(question.messages)
     first = messages[0]
     if system is not None and "text" in first:
@@ -281,4 +311,4 @@ def _prompt(lm: LanguageModel, question: Question, system: str | None) -> Render
         messages[0] = {"role": "system", "content": f"{system}\n\n{first['content']}"}
     elif system is not None:
         messages.insert(0, {"role": "system", "content": system})
-    return render(lm.tokenizer, messages, add_generation_prompt=True)
+    return render(tokenizer, messages, add_generation_prompt=True, variables=variables)

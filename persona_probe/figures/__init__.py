@@ -8,6 +8,7 @@ from persona_probe.figures.claims import control, necessity
 from persona_probe.figures.dose import dose_response
 from persona_probe.figures.latents import delta_against_effect, volcano
 from persona_probe.figures.rates import nulls, rates
+from persona_probe.figures.timeline import trajectories
 
 __all__ = [
     "control",
@@ -16,5 +17,6 @@ __all__ = [
     "necessity",
     "nulls",
     "rates",
+    "trajectories",
     "volcano",
 ]

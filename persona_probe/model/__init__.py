@@ -10,6 +10,7 @@ from persona_probe.model.chat import (
     render_all,
     render_text,
 )
+from persona_probe.model.chat_template import takes_system
 from persona_probe.model.checkpoint import Checkpoint, describe
 from persona_probe.model.language_model import LanguageModel, load_model
 from persona_probe.model.pair import ModelPair, load_pair
@@ -29,4 +30,5 @@ __all__ = [
     "render",
     "render_all",
     "render_text",
+    "takes_system",
 ]

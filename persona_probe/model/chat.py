@@ -10,7 +10,7 @@ its length: merges across the boundary would shift it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -32,13 +32,18 @@ class Rendered:
     """Per token: written by the assistant, in any turn, the end-of-turn token included."""
     prompt_length: int
     """Tokens before the final assistant turn; all of them where the conversation waits for an answer."""
+    system_folded: bool = field(default=False, compare=False)
+    """The template has no system role: the system message stands in the first user message. (The
+    tokens are what they are, so two renderings are equal whether or not one was folded.)
+    """
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def answered(self, ids: Sequence[int]) -> Rendered:
         """This prompt with a sampled answer's token ids behind it, exactly as they were sampled."""
-        return Rendered(
+        return replace(
+            self,
             ids=(*self.ids, *ids),
             response=(*self.response, *([True] * len(ids))),
             prompt_length=len(self.ids),
@@ -62,12 +67,15 @@ def render(
     messages: Sequence[Message],
     *,
     add_generation_prompt: bool | None = None,
+    variables: Mapping[str, Any] | None = None,
 ) -> Rendered:
     """The token ids of one conversation and which of them the assistant wrote.
 
     `add_generation_prompt=None` opens an assistant turn unless the last message is the assistant's.
-    A system message that the template does not take is put at the head of the first user turn. A
-    single `{"text": ...}` is plain text (see `render_text`).
+    `variables` go to the template (`enable_thinking`).
+    A system message that the template has no place for goes to the head of the first user message,
+    a blank line behind it, and `system_folded` says so. A single `{"text": ...}` is plain text (see
+    `render_text`).
 
     Raises `InputError` without a chat template, for an empty or malformed conversation, for one
     that the template refuses, and where the template writes a second BOS.
@@ -76,7 +84,7 @@ def render(
         return render_text(tokenizer, messages[0]["text"])
     if add_generation_prompt is None:
         add_generation_prompt = bool(messages) and messages[-1].get("role") != "assistant"
-    chat = write_chat(tokenizer, messages, add_generation_prompt)
+    chat = write_chat(tokenizer, messages, add_generation_prompt, variables or {})
     ids, offsets = _tokenise(tokenizer, chat.text, add_special_tokens=False)
     closing = () if chat.marked else tokenizer.all_special_ids
     runs = [_tokens_within(offsets, span, ids, closing) for span in chat.assistant]
@@ -91,7 +99,7 @@ def render(
             "the chat template writes the beginning-of-sequence token twice",
             fix="remove one bos_token from tokenizer.chat_template",
         )
-    return Rendered(tuple(ids), tuple(response), prompt_length)
+    return Rendered(tuple(ids), tuple(response), prompt_length, chat.folded)
 
 
 def render_all(

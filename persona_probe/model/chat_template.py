@@ -1,4 +1,9 @@
-"""A chat as its template writes it, and which characters of that text the assistant said."""
+"""A chat as its template writes it, and which characters of that text the assistant said.
+
+A template without a system role (Gemma 2's raises, others leave the message out) is given the system
+message *folded*: its text and a blank line at the head of the first user message. Which templates
+these are is found by trying, not by reading: see `takes_system`.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +28,7 @@ _Fill = Callable[[Sequence[Message]], tuple[str, list[Span]]]
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _STAND_IN = re.compile("(\ue000\\d+\ue001)")  # private-use characters, in no template
+_SYSTEM = "\ue000system\ue001"
 
 
 class WrittenChat(NamedTuple):
@@ -33,18 +39,46 @@ class WrittenChat(NamedTuple):
     """One span per assistant turn, in order; empty where the turn is."""
     marked: bool
     """Whether the spans are the template's own, which include the end-of-turn token."""
+    folded: bool
+    """Whether a system message had to go into the first user message."""
 
 
 def write_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    add_generation_prompt: bool,
+    variables: Mapping[str, Any],
 ) -> WrittenChat:
     """Apply the tokenizer's chat template and find what the assistant said.
 
-    A system message that the template refuses or leaves out goes to the head of the first user
-    turn. Raises `InputError` for malformed messages, without a template, and where the template
-    refuses the chat or changes the assistant's texts beyond recognition.
+    Raises `InputError` for malformed messages, without a template, and where the template refuses
+    the chat or changes the assistant's texts beyond recognition.
     """
     _check(messages)
+    fill, marked = _filler(tokenizer, add_generation_prompt, variables)
+    folded = messages[0]["role"] == "system" and not _keeps_system(fill)
+    if folded:
+        messages = _folded(messages)
+    try:
+        text, spans = fill(messages)
+    except jinja2.TemplateError as error:
+        raise InputError(f"the chat template refuses the conversation: {error}") from error
+    assistant = spans if marked else _find_assistant(fill, messages, text)
+    return WrittenChat(text, assistant, marked, folded)
+
+
+def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template has a place for a system message: it writes a stand-in for one.
+
+    Where it has none, system messages are folded. Raises `InputError` without a template.
+    """
+    return _keeps_system(_filler(tokenizer, add_generation_prompt=True, variables={})[0])
+
+
+def _filler(
+    tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool, variables: Mapping[str, Any]
+) -> tuple[_Fill, bool]:
+    """What writes a chat, and whether the template marks the assistant's texts."""
     if tokenizer.chat_template is None:
         raise InputError(
             "the tokenizer has no chat template, and the prompts are chats",
@@ -53,9 +87,7 @@ def write_chat(
         )
     template = cast(str, cast(Any, tokenizer).get_chat_template())
     marked = _MARKS.search(template) is not None
-    fill = partial(_fill, tokenizer, template, marked, add_generation_prompt)
-    messages, text, spans = _fill_folding_system(fill, messages)
-    return WrittenChat(text, spans if marked else _find_assistant(fill, messages, text), marked)
+    return partial(_fill, tokenizer, template, marked, add_generation_prompt, variables), marked
 
 
 def _check(messages: Sequence[Message]) -> None:
@@ -71,6 +103,7 @@ def _fill(
     template: str,
     marked: bool,
     add_generation_prompt: bool,
+    variables: Mapping[str, Any],
     messages: Sequence[Message],
 ) -> tuple[str, list[Span]]:
     """The text, and the spans between the template's generation marks where it has them."""
@@ -81,37 +114,26 @@ def _fill(
             chat_template=template,
             return_assistant_tokens_mask=marked,
             add_generation_prompt=add_generation_prompt,
-            **cast(dict[str, Any], tokenizer.special_tokens_map),
+            **{**cast(dict[str, Any], tokenizer.special_tokens_map), **variables},
         ),
     )
     return texts[0], spans[0] if marked else []
 
 
-def _fill_folding_system(
-    fill: _Fill, messages: Sequence[Message]
-) -> tuple[Sequence[Message], str, list[Span]]:
-    """The messages as they were written, the text, and the marked spans."""
-    system = messages[0]["content"].strip() if messages[0]["role"] == "system" else None
+def _keeps_system(fill: _Fill) -> bool:
     try:
-        text, spans = fill(messages)
-        if system is None or system in text:
-            return messages, text, spans
-    except jinja2.TemplateError as error:
-        if system is None:
-            raise InputError(f"the chat template refuses the conversation: {error}") from error
-    folded = _folded(messages)
-    try:
-        return folded, *fill(folded)
-    except jinja2.TemplateError as error:
-        raise InputError(f"the chat template refuses the conversation: {error}") from error
+        text, _ = fill([{"role": "system", "content": _SYSTEM}, {"role": "user", "content": "?"}])
+    except jinja2.TemplateError:
+        return False
+    return _SYSTEM in text
 
 
 def _folded(messages: Sequence[Message]) -> list[Message]:
     system, *rest = messages
     if not rest or rest[0]["role"] != "user":
         return [{"role": "user", "content": system["content"]}, *rest]
-    first = {"role": "user", "content": f"{system['content']}\n\n{rest[0]['content']}"}
-    return [first, *rest[1:]]
+    texts = (system["content"], rest[0]["content"])
+    return [{"role": "user", "content": "\n\n".join(filter(None, texts))}, *rest[1:]]
 
 
 def _find_assistant(fill: _Fill, messages: Sequence[Message], text: str) -> list[Span]:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from persona_probe.artifact import digest_folder, digest_of, read_json
+from persona_probe.artifact import digest_file, digest_folder, digest_of, read_json
 from persona_probe.errors import InputError, MissingPathError
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
+_WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -35,6 +36,14 @@ class Checkpoint:
         if not any(part is not None and Path(part).is_dir() for part in parts):
             return digest_of([self.path, self.revision, self.adapter])
         return digest_of([self.revision, *(_digest(part) for part in parts)])
+
+    @cached_property
+    def weights_digest(self) -> str | None:
+        """Of the full weights' files, adapters and all else aside; None where they lie in no folder."""
+        files = sorted(
+            file for pattern in _WEIGHT_FILES for file in Path(self.path).glob(pattern) if file.is_file()
+        )
+        return digest_of({file.name: digest_file(file) for file in files}) if files else None
 
     @property
     def name(self) -> str:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -56,10 +56,14 @@ def write_report(
 
 def render(audit: Row, latents: object, examples: Sequence[Row], dose: Sequence[Row]) -> str:
     """The page as text."""
+    listed = rows(latents)
+    return filled("page.html.j2", drawings(audit, listed, dose), _view(audit, listed, examples))
+
+
+def filled(template: str, sections: Mapping[str, Sequence[Drawing]], view: Row) -> str:
+    """A template of ours with its words, figures, style and scripts in it: nothing is left to fetch."""
     from plotly.offline import get_plotlyjs
 
-    listed = rows(latents)
-    sections = drawings(audit, listed, dose)
     library, script = Markup(_newlines(get_plotlyjs())), Markup(_newlines(_asset("page.js")))
     style = _asset("page.css")
     for name, look in LOOKS.items():
@@ -74,8 +78,8 @@ def render(audit: Row, latents: object, examples: Sequence[Row], dose: Sequence[
         lstrip_blocks=True,
     )
     environment.filters["breakable"] = _breakable
-    return environment.get_template("page.html.j2").render(
-        **_view(audit, listed, examples),
+    return environment.get_template(template).render(
+        **view,
         sections=sections,
         data=[(drawing.name, inline_json(drawing)) for part in sections.values() for drawing in part],
         style=Markup(style),

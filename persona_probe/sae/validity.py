@@ -61,7 +61,9 @@ class Validity:
     """
     dead_tuned: float
     change_inside: float | None
-    """Share of sum ||dh||^2 that the dictionary explains; None where nothing changed."""
+    """Share of sum ||dh||^2 that the dictionary explains; None where nothing changed, and where the
+    models were not read together.
+    """
     mean_change_inside: float | None
     """Share of ||mean dh||^2 that the dictionary explains; None where nothing changed."""
     change_norm: float
@@ -82,7 +84,7 @@ def validity(
     mask: TokenMask | None = None,
     *,
     limits: Limits | None = None,
-    batch_tokens: int = 4096,
+    batch_tokens: int | None = None,
 ) -> Validity:
     """Read `rendered` with both models and measure `dictionary` on the tokens of `mask` (all, by
     default).
@@ -207,15 +209,15 @@ def _judge(
             f"{figures}: below {limits.explained_variance} on the base, so it is not a dictionary "
             "of this model and site"
         )
-    if inside is None:
+    if inside is None and mean_inside is None:
         return "unchanged", f"{figures}: the two models do not differ at this site"
     if not base - tuned <= limits.drop:
         return "drop", (
             f"{figures}: it falls by more than {limits.drop}, so it does not describe the tuned model"
         )
-    figures += f"; {inside:.3f} of the change lies in the dictionary"
-    if mean_inside is not None:
-        figures += f", {mean_inside:.3f} of the mean change"
-    if max(inside, mean_inside if mean_inside is not None else -math.inf) < limits.inside:
+    shares = [(inside, "the change"), (mean_inside, "the mean change")]
+    known = [(share, what) for share, what in shares if share is not None]
+    figures += "; in the dictionary lies " + ", ".join(f"{share:.3f} of {what}" for share, what in known)
+    if max(share for share, _ in known) < limits.inside:
         return "outside", f"{figures}: the change is not in this dictionary"
     return "pass", figures

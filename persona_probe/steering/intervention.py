@@ -11,8 +11,10 @@ encoder, the unit decoder rows where it is a projection. So an edit keeps whatev
 does not explain. Gain 0 is no edit, bit for bit; 1 is the operation; above 1 it over-corrects: a
 cap at gain 2 reflects the excess.
 
-Several latents in one target, and several interventions at one site, all read the unedited x; what
-they move adds up.
+Order: sites act in the order in which a forward pass reaches them, each on what the earlier ones
+left. Several latents in one target, and several interventions at one site, all read the unedited x,
+and what they move adds up; two that act on one direction at the same tokens are refused by
+`SteeringPlan`.
 """
 
 from __future__ import annotations
@@ -27,11 +29,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from persona_probe.errors import InputError
+from persona_probe.errors import InputError, MismatchError
 from persona_probe.hooks.sites import parse_site
 from persona_probe.steering.bridge_hooks import bridge_hooks
-from persona_probe.steering.kernel import AffineEdit, SiteEdit, TopK
+from persona_probe.steering.kernel import AffineEdit, SiteEdit
 from persona_probe.steering.positions import Positions, checked_positions
+from persona_probe.steering.reading import encoded, projected
 from persona_probe.steering.target import Encoder, Read, Target, direction, latents
 
 __all__ = [
@@ -93,6 +96,19 @@ class Level:
         scales = scales * (n if len(scales) == 1 else 1)
         return tuple(value * scale for value, scale in zip(values, scales, strict=True))
 
+    def in_unit(self, unit: Unit, scale: float | tuple[float, ...]) -> Level:
+        """The same amounts counted in another unit, `scale` of it absolute (see `unit_scales`)."""
+        scales = scale if isinstance(scale, tuple) else (scale,)
+        if any(one == 0 for one in scales):
+            raise InputError(f"a level cannot be counted in units of 0 ({unit}: {scale})")
+        amounts = self.absolute()
+        n = max(len(amounts), len(scales))
+        wide = amounts * (n if len(amounts) == 1 else 1)
+        each = scales * (n if len(scales) == 1 else 1)
+        if len(wide) != len(each):
+            raise InputError(f"{len(amounts)} levels do not go with {len(scales)} scales")
+        return Level(tuple(a / b for a, b in zip(wide, each, strict=True)), unit, scale)
+
     def __str__(self) -> str:
         numbers = ", ".join(f"{value:.4g}" for value in self.values)
         return numbers if self.unit == "absolute" else f"{numbers} x {self.unit}"
@@ -100,23 +116,51 @@ class Level:
 
 @dataclass(frozen=True)
 class Condition:
-    """When the edit is made, per token and latent: `always`, where z > 0 (`active`), where z >
-    threshold (`above`).
+    """When the edit is made: `always`, where z > 0 (`active`), where z > threshold (`above`).
+
+    Asked of each latent's own z, or of the one latent (or direction) `of`, read at the same site.
+    `decided="token"` asks at every token. `decided="prompt"` asks once: whether z was above the
+    threshold anywhere in the prompt; as that is only known at its end, such an edit is of the
+    response. `steering.threshold` sets thresholds from data.
     """
 
     kind: Literal["always", "active", "above"] = "always"
     threshold: float = 0.0
+    of: Target | None = None
+    read: Read | Literal["auto"] = "auto"
+    """How the z of `of` is measured; `auto` is its encoder where it has one."""
+    decided: Literal["token", "prompt"] = "token"
 
     def __post_init__(self) -> None:
         if self.kind not in ("always", "active", "above"):
             raise InputError(f"unknown condition {self.kind!r}; there are always, active, above")
         if not math.isfinite(self.threshold):
             raise InputError(f"a condition's threshold must be finite, got {self.threshold}")
+        if self.decided not in ("token", "prompt"):
+            raise InputError(f"a condition is decided by token or by prompt, not by {self.decided!r}")
+        if self.kind == "always" and (self.of is not None or self.decided == "prompt"):
+            raise InputError('a condition that always holds asks nothing; give kind="above"')
+        if self.of is None:
+            if self.read != "auto":
+                raise InputError("a condition on the edited latents reads them as the edit does")
+            return
+        if self.of.n_latents != 1:
+            raise InputError(f"a condition is about one latent or direction, not {self.of.n_latents}")
+        if self.read == "auto":
+            object.__setattr__(self, "read", "projection" if self.of.encoder is None else "encoder")
+        if self.read == "encoder" and self.of.encoder is None:
+            raise InputError(f"{self.of} has no encoder to read it by", fix='read="projection"')
 
     @property
     def above(self) -> float:
         """The amount above which the edit is made."""
         return {"always": -math.inf, "active": 0.0, "above": self.threshold}[self.kind]
+
+    def __str__(self) -> str:
+        if self.kind == "always":
+            return "always"
+        asked = f"{'z' if self.of is None else self.of} > {self.above:g}"
+        return f"where {asked}" if self.decided == "token" else f"if {asked} in the prompt"
 
 
 @dataclass(frozen=True)
@@ -132,8 +176,8 @@ class Intervention:
     site: str
     """TransformerLens name, such as `blocks.3.hook_resid_post`."""
     positions: Positions = "all"
-    """Of each row's own tokens: a name, or indices from 0. The response includes the last prompt
-    token.
+    """Of each row's own tokens: a name, or indices from 0 (or negative, from the prompt's end). The
+    response includes the last prompt token. See `steering.positions`.
     """
     level: Level | None = None
     """Needed by every op but ablate and project_out."""
@@ -163,8 +207,22 @@ class Intervention:
                 fix="put a minus on the level to push the other way",
             )
         self._check_level()
+        self._check_condition()
         if self.op == "project_out":
             self._check_project_out()
+
+    def _check_condition(self) -> None:
+        of = self.condition.of
+        if of is not None and of.d_model != self.target.d_model:
+            raise MismatchError(
+                f"the condition reads width {of.d_model}, and {self.target} has width {self.target.d_model}"
+            )
+        later = ("response", "last_prompt", "think", "answer")
+        if self.condition.decided == "prompt" and self.positions not in later:
+            raise InputError(
+                f"a condition decided on the prompt is known at its end, too late for {self.positions!r}",
+                fix=f"positions: one of {', '.join(later)}",
+            )
 
     def _check_level(self) -> None:
         level = self.level
@@ -185,10 +243,10 @@ class Intervention:
     def _check_project_out(self) -> None:
         if self.read != "projection":
             raise InputError("project_out removes the whole component", fix='read="projection"')
-        if self.target.n_latents > 1 and self.condition.kind != "always":
+        if self.target.n_latents > 1 and self.condition.kind != "always" and self.condition.of is None:
             raise InputError(
                 "projecting out several directions at once has no amount of each for a condition",
-                fix="one intervention per direction, or no condition",
+                fix="one intervention per direction, or a condition on something else (of=)",
             )
         rank = int(torch.linalg.matrix_rank(self.target.unit.double(), rtol=1e-6))
         if rank < self.target.n_latents:
@@ -207,8 +265,8 @@ class Intervention:
     def compiled(self) -> AffineEdit:
         """The intervention as numbers, for the kernel."""
         n = self.target.n_latents
-        coefficients = torch.tensor([0.0, -math.inf, 0.0, 0.0, -math.inf, math.inf, self.condition.above])
-        bias, threshold, slope, shift, low, high, above = coefficients[:, None].repeat(1, n).double()
+        coefficients = torch.tensor([0.0, 0.0, -math.inf, math.inf, self.condition.above])
+        slope, shift, low, high, above = coefficients[:, None].repeat(1, n).double()
         if self.level is not None:
             level = torch.tensor(self.level.absolute(), dtype=torch.float64).expand(n)
         else:
@@ -224,35 +282,35 @@ class Intervention:
                 low = level
             case _:
                 slope, shift = torch.full_like(level, -1), level
-        top_k: TopK | None = None
-        columns: tuple[int, ...] = ()
         if self.read == "projection":
-            write = self._basis()
-            read = write.T
+            source = projected(self._basis())
+            write = source.read.T
         else:
-            encoder = self.target.encoder
-            assert encoder is not None
+            source = encoded(self.target)
             write = self.target.decoder
-            threshold = torch.zeros(n).double()
-            if encoder.k is not None:
-                top_k = TopK(encoder.weight, encoder.bias, encoder.b_dec, encoder.k)
-                columns = encoder.columns or ()
-                read = torch.zeros(self.target.d_model, n)
-            else:
-                read = encoder.weight
-                bias = encoder.bias.double()
-                if encoder.b_dec is not None:
-                    # (x - b_dec) W + bias, in one product
-                    bias = bias - encoder.b_dec.double() @ encoder.weight.double()
-                if encoder.threshold is not None:
-                    threshold = encoder.threshold.double().clamp(min=0)
+        bias, threshold = source.bias, source.threshold
         return AffineEdit(
-            read=read.float(),
+            read=source.read.float(),
             coefficients=torch.stack([bias, threshold, slope, shift, low, high, above]).float(),
             write=(self.gain * write.double()).float(),
             positions=self.positions,
-            top_k=top_k,
-            columns=columns,
+            top_k=source.top_k,
+            columns=source.columns,
+            gate=self._gate(),
+            on_prompt=self.condition.decided == "prompt",
+        )
+
+    def _gate(self) -> AffineEdit | None:
+        """What the condition reads, where that is not what is edited."""
+        of = self.condition.of
+        if of is None:
+            return None
+        source = projected(of.unit) if self.condition.read == "projection" else encoded(of)
+        nothing = torch.zeros(1, of.d_model)
+        coefficients = torch.zeros(7, 1)
+        coefficients[0], coefficients[1] = source.bias, source.threshold
+        return AffineEdit(
+            source.read.float(), coefficients, nothing, self.positions, source.top_k, source.columns
         )
 
     def _basis(self) -> Float[Tensor, "latent d_model"]:
@@ -283,6 +341,6 @@ class Intervention:
             parts.append(f"at {self.level}")
         parts.append(f"in {self.site} ({self.read}, {self.positions} tokens)")
         if self.condition.kind != "always":
-            parts.append(f"where z > {self.condition.above:g}")
+            parts.append(str(self.condition))
         parts.append(f"gain {self.gain:g}" + (" (over-corrects)" if self.over_corrects else ""))
         return " ".join(parts)

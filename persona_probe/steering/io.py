@@ -33,6 +33,7 @@ from persona_probe.steering.intervention import (
     Target,
     Unit,
 )
+from persona_probe.steering.positions import NamedPositions
 
 FORMAT = 1
 _NUMBERS = "intervention.json"
@@ -50,11 +51,6 @@ class _LevelRecord(_Strict):
     scale: float | tuple[float, ...]
 
 
-class _ConditionRecord(_Strict):
-    kind: Literal["always", "active", "above"]
-    threshold: float
-
-
 class _EncoderRecord(_Strict):
     k: int | None
     columns: tuple[int, ...] | None
@@ -67,10 +63,18 @@ class _TargetRecord(_Strict):
     encoder: _EncoderRecord | None
 
 
+class _ConditionRecord(_Strict):
+    kind: Literal["always", "active", "above"]
+    threshold: float
+    of: _TargetRecord | None = None
+    read: Read | Literal["auto"] = "auto"
+    decided: Literal["token", "prompt"] = "token"
+
+
 class _InterventionRecord(_Strict):
     op: Op
     site: str
-    positions: Literal["all", "prompt", "response", "last_prompt"] | tuple[int, ...]
+    positions: NamedPositions | tuple[int, ...]
     level: _LevelRecord | None
     gain: float
     read: Read
@@ -104,6 +108,9 @@ def save_fix(
             raise InputError(f"only interventions can be saved, not {type(edit).__name__}")
         records.append(_record(edit).model_dump(mode="json"))
         tensors |= {f"{number}.{name}": tensor for name, tensor in _tensors(edit.target).items()}
+        if edit.condition.of is not None:
+            gate = _tensors(edit.condition.of)
+            tensors |= {f"{number}.condition.{name}": tensor for name, tensor in gate.items()}
     with atomic_folder(folder, overwrite=overwrite) as path:
         # safetensors refuses tensors that share memory, as the encoders of one top-k dictionary do
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, path / _TENSORS)
@@ -145,8 +152,7 @@ def load_fix(folder: StrPath) -> tuple[Intervention, ...]:
 
 
 def _record(edit: Intervention) -> _InterventionRecord:
-    target, level = edit.target, edit.level
-    encoder = target.encoder
+    level, condition = edit.level, edit.condition
     return _InterventionRecord(
         op=edit.op,
         site=edit.site,
@@ -156,13 +162,24 @@ def _record(edit: Intervention) -> _InterventionRecord:
         else _LevelRecord(values=level.values, unit=level.unit, scale=level.scale),
         gain=edit.gain,
         read="encoder" if edit.read == "encoder" else "projection",
-        condition=_ConditionRecord(kind=edit.condition.kind, threshold=edit.condition.threshold),
-        target=_TargetRecord(
-            label=target.label,
-            indices=target.indices,
-            dictionary_digest=target.dictionary_digest,
-            encoder=None if encoder is None else _EncoderRecord(k=encoder.k, columns=encoder.columns),
+        condition=_ConditionRecord(
+            kind=condition.kind,
+            threshold=condition.threshold,
+            of=None if condition.of is None else _target_record(condition.of),
+            read=condition.read,
+            decided=condition.decided,
         ),
+        target=_target_record(edit.target),
+    )
+
+
+def _target_record(target: Target) -> _TargetRecord:
+    encoder = target.encoder
+    return _TargetRecord(
+        label=target.label,
+        indices=target.indices,
+        dictionary_digest=target.dictionary_digest,
+        encoder=None if encoder is None else _EncoderRecord(k=encoder.k, columns=encoder.columns),
     )
 
 
@@ -179,44 +196,53 @@ def _intervention(
     path: Path, number: int, record: _InterventionRecord, tensors: dict[str, Tensor]
 ) -> Intervention:
     """Build intervention `number`, taking its tensors out of `tensors`."""
-
-    def take(name: str) -> Tensor:
-        if f"{number}.{name}" not in tensors:
-            raise InputError(f"{path / _TENSORS} lacks the tensor {number}.{name}")
-        return tensors.pop(f"{number}.{name}")
-
-    def take_if_there(name: str) -> Tensor | None:
-        return tensors.pop(f"{number}.{name}", None)
-
     try:
-        encoder = record.target.encoder
-        target = Target(
-            take("decoder"),
-            None
-            if encoder is None
-            else Encoder(
-                take("encoder.weight"),
-                take("encoder.bias"),
-                take_if_there("encoder.threshold"),
-                take_if_there("encoder.b_dec"),
-                encoder.k,
-                encoder.columns,
-            ),
-            record.target.indices,
-            record.target.dictionary_digest,
-            record.target.label,
-        )
-        level = record.level
+        level, condition = record.level, record.condition
+        of = condition.of
         return Intervention(
             record.op,
-            target,
+            _target(path, f"{number}.", record.target, tensors),
             record.site,
             record.positions,
             None if level is None else Level(level.values, level.unit, level.scale),
             record.gain,
             record.read,
-            Condition(record.condition.kind, record.condition.threshold),
+            Condition(
+                condition.kind,
+                condition.threshold,
+                None if of is None else _target(path, f"{number}.condition.", of, tensors),
+                condition.read,
+                condition.decided,
+            ),
         )
     except PersonaProbeError as error:
         error.message = f"{path}, intervention {number}: {error.message}"
         raise
+
+
+def _target(path: Path, prefix: str, record: _TargetRecord, tensors: dict[str, Tensor]) -> Target:
+    def take(name: str) -> Tensor:
+        if prefix + name not in tensors:
+            raise InputError(f"{path / _TENSORS} lacks the tensor {prefix}{name}")
+        return tensors.pop(prefix + name)
+
+    def take_if_there(name: str) -> Tensor | None:
+        return tensors.pop(prefix + name, None)
+
+    encoder = record.encoder
+    return Target(
+        take("decoder"),
+        None
+        if encoder is None
+        else Encoder(
+            take("encoder.weight"),
+            take("encoder.bias"),
+            take_if_there("encoder.threshold"),
+            take_if_there("encoder.b_dec"),
+            encoder.k,
+            encoder.columns,
+        ),
+        record.indices,
+        record.dictionary_digest,
+        record.label,
+    )

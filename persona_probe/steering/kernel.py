@@ -11,10 +11,15 @@ code: rows are padded to the same number of latents and computed together.
 The difference is formed directly: `(z + level) - z` would lose digits. What is not in the edited
 direction, the SAE's error included, is untouched. Computed in fp32 at least, and rounded once to
 the activation's type.
+
+A condition compares an amount with a threshold: the edited latent's own, or that of a *gate*, a
+latent that is read and not edited. It is asked at every token, or of the whole prompt: then the
+highest amount so far is kept (`Seen`) from pass to pass.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,6 +76,31 @@ class AffineEdit:
     """Which of its latents they are."""
     random: Float[Tensor, " d_model"] | None = None
     """Move by the same distance in this (unit) direction instead."""
+    gate: AffineEdit | None = None
+    """One latent that is read alone: the condition is about its amount, not about those edited."""
+    on_prompt: bool = False
+    """The condition is about the highest amount in the prompt, not about each token's."""
+
+
+class Seen:
+    """The highest amounts in the prompts, kept from one forward pass to the next."""
+
+    def __init__(self) -> None:
+        self.highest: Float[Tensor, "row latent"] | None = None
+
+    def select(self, kept: Int[Tensor, " row"]) -> None:
+        """Of the rows that were edited, keep these (repeats are rows of their own)."""
+        if self.highest is not None:
+            self.highest = self.highest[kept.to(self.highest.device)]
+
+    def update(
+        self, amounts: Float[Tensor, "row pos latent"], prompt: Bool[Tensor, "row pos"], *, begins: bool
+    ) -> Float[Tensor, "row 1 latent"]:
+        """The highest amounts so far, these included."""
+        here = torch.where(prompt[..., None], amounts.detach(), -_INF).amax(dim=1)
+        stale = begins or self.highest is None or self.highest.shape != here.shape
+        self.highest = here if stale or self.highest is None else torch.maximum(self.highest, here)
+        return self.highest[:, None, :]
 
 
 class Firing(NamedTuple):
@@ -108,6 +138,9 @@ class _Placed:
     coefficients: Float[Tensor, "7 row_or_1 1 latent"]
     write: Float[Tensor, "row latent d_model"] | Float[Tensor, "latent d_model"]
     kind: Int[Tensor, "row latent"]
+    gate: Int[Tensor, "row 1 latent"] | None
+    """Which latent each one's condition is about; None: itself."""
+    on_prompt: Bool[Tensor, "row_or_1 1 latent"] | None
     random: Float[Tensor, "row_or_1 1 d_model"] | None
     is_random: Bool[Tensor, "row_or_1 1 1"]
     top_k: tuple[_TopKSlots, ...]
@@ -121,20 +154,40 @@ class SiteEdit:
     """
 
     def __init__(self, rows: Sequence[Sequence[AffineEdit]]) -> None:
-        self.n_rows = len(rows)
-        self._edited = [i for i, edits in enumerate(rows) if edits]
         distinct: dict[tuple[int, ...], int] = {}
-        for i in self._edited:
-            distinct.setdefault(tuple(id(edit) for edit in rows[i]), i)
-        order = {key: number for number, key in enumerate(distinct)}
-        self._which = torch.tensor([order[tuple(id(edit) for edit in rows[i])] for i in self._edited])
+        for i, edits in enumerate(rows):
+            if edits:
+                distinct.setdefault(tuple(id(edit) for edit in edits), i)
+        order: dict[tuple[int, ...], int] = {key: number for number, key in enumerate(distinct)}
+        # of each row, its number among the distinct ones; -1 where it is left alone
+        self._which = torch.tensor([order.get(tuple(id(edit) for edit in edits), -1) for edits in rows])
         self._kinds: list[Positions] = []
         self._sources: dict[tuple[int, ...], TopK] = {}
         self._stack([rows[i] for i in distinct.values()])
         self._placed: dict[tuple[int, torch.device, torch.dtype], _Placed] = {}
 
+    @property
+    def n_rows(self) -> int:
+        return len(self._which)
+
+    def take(self, rows: Int[Tensor, " row"], batch: int, seen: Seen) -> SiteEdit:
+        """The edit of the rows `rows` of a batch of this size, and `seen` with them.
+
+        An edit of one row serves any batch and stays as it is.
+        """
+        rows = rows.cpu()
+        each = self._which.repeat_interleave(batch // self.n_rows)
+        edited = each >= 0
+        seen.select((edited.cumsum(0) - 1)[rows][edited[rows]])
+        if self.n_rows == 1:
+            return self
+        taken = copy.copy(self)
+        taken._which = each[rows]
+        taken._placed = {}
+        return taken
+
     def _stack(self, rows: Sequence[Sequence[AffineEdit]]) -> None:
-        width = max(sum(edit.write.shape[0] for edit in edits) for edits in rows)
+        width = max(sum(_slots(edit) for edit in edits) for edits in rows)
         d_model = rows[0][0].write.shape[1]
         n = len(rows)
         self._read = torch.zeros(n, d_model, width)
@@ -143,6 +196,8 @@ class SiteEdit:
         self._kind = torch.zeros(n, width, dtype=torch.long)
         self._source = torch.full((n, width), -1)
         self._column = torch.zeros(n, width, dtype=torch.long)
+        self._gate = torch.arange(width).repeat(n, 1)
+        self._on_prompt = torch.zeros(n, width, dtype=torch.bool)
         self._random = torch.zeros(n, d_model)
         self._is_random = torch.zeros(n, dtype=torch.bool)
         for i, edits in enumerate(rows):
@@ -150,15 +205,18 @@ class SiteEdit:
             for edit in edits:
                 slots = slice(start, start + edit.write.shape[0])
                 start = slots.stop
-                self._read[i, :, slots] = edit.read
+                self._fill(i, slots, edit)
                 self._coefficients[:, i, slots] = edit.coefficients
                 self._write[i, slots] = edit.write
-                self._kind[i, slots] = self._number(edit.positions)
-                if edit.top_k is not None:
-                    self._sources.setdefault(edit.top_k.identity, edit.top_k)
-                    number = list(self._sources).index(edit.top_k.identity)
-                    self._source[i, slots] = number
-                    self._column[i, slots] = torch.tensor(edit.columns)
+                self._on_prompt[i, slots] = edit.on_prompt
+                if edit.gate is not None:
+                    # a latent beside the edited ones, which writes nothing and is never edited
+                    beside = slice(start, start + 1)
+                    self._fill(i, beside, edit.gate, positions=edit.positions)
+                    read_alone = edit.gate.coefficients[[BIAS, THRESHOLD]]
+                    self._coefficients[[BIAS, THRESHOLD], i, beside] = read_alone
+                    self._gate[i, slots] = start
+                    start += 1
                 if edit.random is not None:
                     self._random[i], self._is_random[i] = edit.random, True
             # the unused slots follow some position that the row has anyway
@@ -169,6 +227,17 @@ class SiteEdit:
         self._bounded = bool(self._coefficients[LOW : HIGH + 1].isfinite().any())
         used = self._write.abs().amax(dim=-1) > 0
         self._conditional = bool((self._coefficients[ABOVE][used] > -_INF).any())
+        self._elsewhere = bool((self._gate != torch.arange(width)).any())
+        self._remembers = bool(self._on_prompt.any())
+
+    def _fill(self, row: int, slots: slice, edit: AffineEdit, positions: Positions | None = None) -> None:
+        """How the latents in these slots are read, and where."""
+        self._read[row, :, slots] = edit.read
+        self._kind[row, slots] = self._number(edit.positions if positions is None else positions)
+        if edit.top_k is not None:
+            self._sources.setdefault(edit.top_k.identity, edit.top_k)
+            self._source[row, slots] = list(self._sources).index(edit.top_k.identity)
+            self._column[row, slots] = torch.tensor(edit.columns)
 
     def _number(self, positions: Positions) -> int:
         if positions not in self._kinds:
@@ -187,9 +256,9 @@ class SiteEdit:
         if len(self._placed) >= _KEPT_SHAPES:
             self._placed.clear()
         repeats = batch if self.n_rows == 1 else batch // self.n_rows
-        first = torch.tensor(self._edited)
-        rows = (first[:, None] * repeats + torch.arange(repeats)).flatten()
-        which = self._which.repeat_interleave(repeats)
+        each = self._which.repeat_interleave(repeats)
+        rows = (each >= 0).nonzero().flatten()
+        which = each[rows]
         shared = self._read.shape[0] == 1
         pick = torch.zeros(1, dtype=torch.long) if shared else which
         source = self._source[pick].expand(len(rows), -1)
@@ -211,6 +280,8 @@ class SiteEdit:
             coefficients=self._coefficients[:, pick, None, :].to(device, dtype),
             write=(self._write[0] if shared else self._write[pick]).to(device, dtype),
             kind=self._kind[pick].expand(len(rows), -1).to(device),
+            gate=self._gate[pick, None].expand(len(rows), -1, -1).to(device) if self._elsewhere else None,
+            on_prompt=self._on_prompt[pick, None, :].to(device) if self._remembers else None,
             random=self._random[pick, None, :].to(device, dtype) if self._is_random.any() else None,
             is_random=self._is_random[pick, None, None].to(device),
             top_k=tuple(top_k),
@@ -219,23 +290,29 @@ class SiteEdit:
         return placed
 
     def apply(
-        self, x: Float[Tensor, "batch pos d_model"], tokens: RowTokens
+        self, x: Float[Tensor, "batch pos d_model"], tokens: RowTokens, seen: Seen | None = None
     ) -> tuple[Float[Tensor, "batch pos d_model"], Firing | None]:
         """The edited activation and what was done; no `Firing` when no token of this pass is asked
         for.
 
-        Rows without an edit and tokens outside the positions come back bit for bit.
+        Rows without an edit and tokens outside the positions come back bit for bit. `seen` is what
+        earlier passes saw of the prompts; without it, this pass holds whole rows.
         """
         dtype = torch.promote_types(x.dtype, torch.float32)
         placed = self._place(x.shape[0], x.device, dtype)
         selected = self._select(placed, tokens)
-        if selected is not None and not bool(selected.any()):
+        if placed.rows is not None and not len(placed.rows):
+            return x, None
+        idle = selected is not None and not bool(selected.any())
+        if idle and not self._remembers:
             return x, None
         own = x if placed.rows is None else x.index_select(0, placed.rows)
         # a trainer's bf16 autocast would round the amounts
         with torch.autocast(x.device.type, enabled=False):
             wide = own.to(dtype)
-            change, keep = self._change(placed, wide, selected)
+            change, keep = self._change(placed, wide, selected, tokens, seen or Seen())
+            if idle:  # a prompt that was only looked at
+                return x, None
             delta = change @ placed.write
             norm = torch.linalg.vector_norm(delta, dim=-1)
             if placed.random is not None:
@@ -285,6 +362,8 @@ class SiteEdit:
         placed: _Placed,
         x: Float[Tensor, "row pos d_model"],
         selected: Bool[Tensor, "row pos slot"] | None,
+        tokens: RowTokens,
+        seen: Seen,
     ) -> tuple[Float[Tensor, "row pos latent"], Bool[Tensor, "row pos kept"] | None]:
         """`z' - z`, and where the edit is made (None: everywhere)."""
         numbers = placed.coefficients
@@ -298,9 +377,19 @@ class SiteEdit:
             change = torch.minimum(torch.maximum(change, numbers[LOW] - z), numbers[HIGH] - z)
         keep = selected
         if self._conditional:
-            holds = z > numbers[ABOVE]
+            asked = z if placed.gate is None else z.gather(-1, placed.gate.expand(-1, z.shape[1], -1))
+            if placed.on_prompt is not None:
+                prompt = tokens.prompt.to(z.device)
+                prompt = prompt if placed.rows is None else prompt.index_select(0, placed.rows)
+                highest = seen.update(asked, prompt, begins=tokens.begins)
+                asked = torch.where(placed.on_prompt, highest, asked)
+            holds = asked > numbers[ABOVE]
             keep = holds if selected is None else holds & selected
         return (change if keep is None else torch.where(keep, change, 0.0)), keep
+
+
+def _slots(edit: AffineEdit) -> int:
+    return edit.write.shape[0] + (edit.gate is not None)
 
 
 @torch.no_grad()

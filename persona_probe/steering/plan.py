@@ -27,15 +27,16 @@ from persona_probe.hooks import check_site, edit_at
 from persona_probe.hooks.sites import causal_lm
 from persona_probe.model.language_model import LanguageModel
 from persona_probe.steering.bridge_hooks import bridge_hooks
+from persona_probe.steering.conflicts import PlannedEdit, check_row
+from persona_probe.steering.following import ForwardReader, prompt_lengths_of
 from persona_probe.steering.intervention import Intervention
-from persona_probe.steering.kernel import SiteEdit
+from persona_probe.steering.kernel import Seen, SiteEdit
 from persona_probe.steering.matched import RandomMatched
-from persona_probe.steering.positions import ForwardReader, may_overlap
+from persona_probe.steering.positions import BY_THOUGHT
 from persona_probe.steering.receipt import Receipt
+from persona_probe.steering.shadow import Shadow
 
-PlannedEdit = Intervention | RandomMatched
-
-_SAME_DIRECTION = 0.9999
+__all__ = ["PlannedEdit", "Steering", "SteeringPlan", "steer"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class SteeringPlan:
             key = tuple(id(edit) for edit in row)
             if key not in checked:
                 checked.add(key)
-                _check_row(number, row)
+                check_row(number, row)
 
     @classmethod
     def of(cls, fix: PlannedEdit | Sequence[PlannedEdit] | SteeringPlan) -> SteeringPlan:
@@ -110,67 +111,165 @@ class SteeringPlan:
         return shown if len(texts) <= 3 else f"{shown}; and {len(texts) - 3} more"
 
 
+class Steering:
+    """A plan on a model, for a loop of one's own in which the batch changes: what `steer` is made of.
+
+    with Steering(lm, plan, prompt_lengths=lengths) as steering:
+        ...                       # the prompts, in one pass or in chunks
+        steering.select(rows)     # whenever the cache is: cache.batch_select_indices(rows)
+        ...
+
+    Leaving the block takes the hooks away; `receipt.check()` is the caller's. Raises
+    `UnknownSiteError`, and `MismatchError` for a fix of another width or a tokenizer without the
+    marks of a thought.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        fix: PlannedEdit | Sequence[PlannedEdit] | SteeringPlan,
+        *,
+        prompt_lengths: Sequence[int] | None = None,
+        kl: bool = False,
+    ) -> None:
+        plan = SteeringPlan.of(fix)
+        if prompt_lengths is not None and any(length < 1 for length in prompt_lengths):
+            raise InputError(f"prompt lengths must be at least 1, got {list(prompt_lengths)}")
+        for edit in plan.interventions:
+            check_site(lm.hf, edit.site)
+            if edit.target.d_model != lm.d_model:
+                raise MismatchError(
+                    f"{edit} acts on width {edit.target.d_model}, {lm.name} has width {lm.d_model}",
+                    fix="use a fix made for this model",
+                )
+        self._lm = lm
+        self._sites = dict(plan.sites)
+        self._seen = {name: Seen() for name in self._sites}
+        follows = any(edit.positions in BY_THOUGHT for edit in plan.interventions)
+        self._reader = ForwardReader(
+            rows=len(plan.rows),
+            prompt_lengths=prompt_lengths,
+            pad_id=_distinct_pad_id(lm),
+            marks=_marks(lm) if follows else None,
+        )
+        self._shadow = Shadow() if kl and self._sites else None
+        self._leaving = ExitStack()
+        self.receipt = Receipt({site: plan.describe(site) for site in plan.sites}, len(plan.rows), kl=kl)
+        """What was done so far, by row of the plan (of the first batch, where one entry serves all)."""
+
+    def __enter__(self) -> Steering:
+        if self._sites:
+            with ExitStack() as stack:
+                self._attach(stack)
+                self._leaving = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._leaving.close()
+
+    def select(self, rows: Sequence[int] | Tensor) -> None:
+        """From now on row i of the batch is what was row `rows[i]`: prompts repeated for their
+        samples, rows that ended dropped, as in `cache.batch_select_indices(rows)`.
+        """
+        batch = self._reader.batch
+        if not self._sites or batch is None:
+            return
+        kept = torch.as_tensor(rows, dtype=torch.long)
+        for name, edit in self._sites.items():
+            self._sites[name] = edit.take(kept, batch, self._seen[name])
+        self._reader.select(kept, next(iter(self._sites.values())).n_rows)
+        self.receipt.select(kept, batch)
+        if self._shadow is not None:
+            self._shadow.select(kept)
+
+    def _attach(self, stack: ExitStack) -> None:
+        hf = self._lm.hf
+        decoder = _decoder(hf)
+        names = list(inspect.signature(decoder.forward).parameters)
+
+        def follow(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not self._muted:
+                self._reader.read(names, args, kwargs)
+
+        stack.callback(decoder.register_forward_pre_hook(follow, with_kwargs=True).remove)
+        stack.enter_context(edit_at(hf, {name: self._edit(name) for name in self._sites}))
+        stack.enter_context(self._announcing(hf))
+        if self._shadow is not None:
+            stack.enter_context(self._shadow.beside(causal_lm(hf), self._compare))
+
+    @property
+    def _muted(self) -> bool:
+        return self._shadow is not None and self._shadow.running
+
+    def _edit(self, site: str) -> Callable[[Tensor], Tensor]:
+        def apply(x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+            if self._muted:
+                return x
+            tokens = self._reader.tokens
+            if tokens is None or tokens.position.shape != x.shape[:2]:
+                raise MismatchError(
+                    f"activations of shape {tuple(x.shape)} came to {site}, not of the tokens that the "
+                    "model was given",
+                    fix="call the model itself, not one of its blocks",
+                )
+            edited, firing = self._sites[site].apply(x, tokens, self._seen[site])
+            self.receipt.record(site, x.shape[0], firing)
+            return edited
+
+        return apply
+
+    def _compare(self, kl: Float[Tensor, "batch pos"]) -> None:
+        """Count the divergence at the tokens that produce the response."""
+        tokens = self._reader.tokens
+        assert tokens is not None
+        counted = tokens.select("response")
+        assert counted is not None
+        self.receipt.record_kl(kl, counted[:, -kl.shape[1] :])
+
+    @contextmanager
+    def _announcing(self, hf: Any) -> Generator[None, None, None]:
+        """`generate` knows where the prompts end, which its passes do not say (chunks of a prefill,
+        drafts of an assistant): it is asked on its way in.
+        """
+        generate, own = hf.generate, vars(hf).get("generate")
+
+        def announced(inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+            with self._reader.generating(prompt_lengths_of(inputs, kwargs, _distinct_pad_id(self._lm))):
+                return generate(inputs, *args, **kwargs)
+
+        hf.generate = announced
+        try:
+            yield
+        finally:
+            if own is None:
+                del hf.generate
+            else:
+                hf.generate = own
+
+
 @contextmanager
 def steer(
     lm: LanguageModel,
     fix: PlannedEdit | Sequence[PlannedEdit] | SteeringPlan,
     *,
     prompt_lengths: Sequence[int] | None = None,
+    kl: bool = False,
 ) -> Generator[Receipt, None, None]:
     """Apply `fix` to every forward pass of `lm` inside the block, in prefill and in decoding.
 
     Pass the attention mask where there is padding, as always. `prompt_lengths` counts each row's
     real prompt tokens; it is found by itself in generation, and needed in a pass over prompt and
-    answer at once (else all of it is prompt). Models that share weights with `lm` are not steered.
-    Blocks nest: the inner one edits what the outer one left.
+    answer at once (else all of it is prompt) and in a prefill in chunks of one's own. `kl` runs
+    every pass a second time without the edits, and the receipt says how far they moved the
+    next-token distribution. Models that share weights with `lm` are not steered. Blocks nest: the
+    inner one edits what the outer one left.
 
     Raises `UnknownSiteError`, `MismatchError` (width, number of rows), and `NotFiredError` on
     leaving the block when nothing was steered though something should have been.
     """
-    plan = SteeringPlan.of(fix)
-    if prompt_lengths is not None and any(length < 1 for length in prompt_lengths):
-        raise InputError(f"prompt lengths must be at least 1, got {list(prompt_lengths)}")
-    for edit in plan.interventions:
-        check_site(lm.hf, edit.site)
-        if edit.target.d_model != lm.d_model:
-            raise MismatchError(
-                f"{edit} acts on width {edit.target.d_model}, {lm.name} has width {lm.d_model}",
-                fix="use a fix made for this model",
-            )
-    receipt = Receipt({site: plan.describe(site) for site in plan.sites}, len(plan.rows))
-    with ExitStack() as stack:
-        if plan.sites:
-            decoder = _decoder(lm.hf)
-            reader = ForwardReader(
-                rows=len(plan.rows), prompt_lengths=prompt_lengths, pad_id=_distinct_pad_id(lm)
-            )
-            names = list(inspect.signature(decoder.forward).parameters)
-
-            def follow(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                reader.read(names, args, kwargs)
-
-            handle = decoder.register_forward_pre_hook(follow, with_kwargs=True)
-            stack.callback(handle.remove)
-            edits = {name: _edit(name, edit, reader, receipt) for name, edit in plan.sites.items()}
-            stack.enter_context(edit_at(lm.hf, edits))
-        yield receipt
-    receipt.check()
-
-
-def _edit(site: str, edit: SiteEdit, reader: ForwardReader, receipt: Receipt) -> Callable[[Tensor], Tensor]:
-    def apply(x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        tokens = reader.tokens
-        if tokens is None or tokens.position.shape != x.shape[:2]:
-            raise MismatchError(
-                f"activations of shape {tuple(x.shape)} came to {site}, not of the tokens that the "
-                "model was given",
-                fix="call the model itself, not one of its blocks",
-            )
-        edited, firing = edit.apply(x, tokens)
-        receipt.record(site, x.shape[0], firing)
-        return edited
-
-    return apply
+    with Steering(lm, fix, prompt_lengths=prompt_lengths, kl=kl) as steering:
+        yield steering.receipt
+    steering.receipt.check()
 
 
 def _decoder(hf_model: nn.Module) -> nn.Module:
@@ -185,35 +284,14 @@ def _distinct_pad_id(lm: LanguageModel) -> int | None:
     return lm.pad_id if has_pad and lm.pad_id not in lm.eos_ids else None
 
 
-def _check_row(number: int, row: Sequence[PlannedEdit]) -> None:
-    by_site: dict[str, list[PlannedEdit]] = {}
-    for edit in row:
-        by_site.setdefault(edit.site, []).append(edit)
-    for site, edits in by_site.items():
-        random = [edit for edit in edits if isinstance(edit, RandomMatched)]
-        if random and (
-            len(random) < len(edits) or any(not torch.equal(edit.vector, random[0].vector) for edit in random)
-        ):
-            raise InputError(
-                f"row {number}: a random direction stands for all the edits at {site}, or none",
-                fix="make the null of the whole fix: matched_random(fix, generator)",
-            )
-        if random:
-            edits = [edit.intervention for edit in random]
-        _check_apart(number, [e for e in edits if isinstance(e, Intervention)])
-
-
-def _check_apart(number: int, edits: Sequence[Intervention]) -> None:
-    for i, one in enumerate(edits):
-        for other in edits[i + 1 :]:
-            if not may_overlap(one.positions, other.positions):
-                continue
-            if one.target.d_model != other.target.d_model:
-                raise MismatchError(f"row {number}: {one} and {other} differ in width")
-            cosines = one.target.unit @ other.target.unit.T
-            if float(cosines.abs().max()) > _SAME_DIRECTION:
-                raise InputError(
-                    f"row {number}: two edits act on the same direction at the same tokens: {one}, "
-                    f"and {other}",
-                    fix="keep one of them, or nest two steer blocks to do one after the other",
-                )
+def _marks(lm: LanguageModel) -> tuple[int, int]:
+    """The token ids of `<think>` and `</think>`."""
+    vocabulary = lm.tokenizer.get_vocab()
+    found = [vocabulary.get(mark) for mark in ("<think>", "</think>")]
+    opens, closes = found
+    if opens is None or closes is None:
+        raise MismatchError(
+            f"the tokenizer of {lm.name} has no tokens <think> and </think> to tell a thought by",
+            fix='positions="response"',
+        )
+    return opens, closes

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from persona_probe.errors import NotFiredError
@@ -31,9 +31,36 @@ class Receipt:
     device until read.
     """
 
-    def __init__(self, sites: Mapping[str, str], rows: int) -> None:
+    def __init__(self, sites: Mapping[str, str], rows: int, *, kl: bool = False) -> None:
         self._rows = rows
         self._sites = {site: _SiteTally(edits) for site, edits in sites.items()}
+        self._origin: Int[Tensor, " batch"] | None = None
+        self._kl: Float[Tensor, "2 row"] | None = torch.zeros(2, 0) if kl else None
+
+    def select(self, rows: Int[Tensor, " row"], batch: int) -> None:
+        """From now on row i of the batch counts as what was row `rows[i]` of one of this size."""
+        self._origin = self._of(batch)[rows]
+
+    def _of(self, batch: int) -> Int[Tensor, " batch"]:
+        """Which row here each row of a batch is counted as."""
+        if self._origin is not None:
+            return self._origin
+        repeats = batch // self._rows if self._rows > 1 else 1
+        return torch.arange(batch) // repeats
+
+    def _counted(self, sums: Float[Tensor, "n some_row"], batch: int, rows: Tensor | None) -> Tensor:
+        """Per-row sums of (some rows of) a batch, by row here."""
+        origin = self._of(batch).to(sums.device)
+        origin = origin if rows is None else origin[rows]
+        n = self._rows if self._rows > 1 else int(self._of(batch).max()) + 1
+        return sums.new_zeros(len(sums), n).index_add(1, origin, sums)
+
+    def record_kl(self, kl: Float[Tensor, "batch pos"], counted: Bool[Tensor, "batch pos"]) -> None:
+        """Add the divergences of one pass at the tokens that count."""
+        assert self._kl is not None
+        kl = kl.double()
+        sums = torch.stack([torch.where(counted, kl, 0.0).sum(dim=1), counted.sum(dim=1).double()])
+        self._kl = _added(self._kl, self._counted(sums, len(kl), None))
 
     def record(self, site: str, batch: int, firing: Firing | None) -> None:
         """Add one forward pass of `batch` rows at `site`."""
@@ -42,20 +69,12 @@ class Receipt:
         if firing is None:
             return
         sums = torch.stack([firing.selected, firing.edited, firing.changed, firing.norm_sum]).double()
-        largest = firing.norm_max.double()
-        if firing.rows is not None:
-            sums = sums.new_zeros(4, batch).index_copy(1, firing.rows, sums)
-            largest = largest.new_zeros(batch).index_copy(0, firing.rows, largest)
-        if self._rows > 1:
-            sums = sums.view(4, self._rows, -1).sum(dim=-1)
-            largest = largest.view(self._rows, -1).amax(dim=-1)
-        missing = sums.shape[1] - tally.sums.shape[1]
-        if missing > 0:
-            tally.sums = torch.cat([tally.sums.to(sums), sums.new_zeros(4, missing)], dim=1)
-            tally.largest = torch.cat([tally.largest.to(sums), sums.new_zeros(missing)])
-        n = sums.shape[1]
-        tally.sums[:, :n] += sums
-        tally.largest[:n] = torch.maximum(tally.largest[:n], largest)
+        tally.sums = _added(tally.sums, self._counted(sums, batch, firing.rows))
+        origin = self._of(batch).to(sums.device)
+        origin = origin if firing.rows is None else origin[firing.rows]
+        grown = sums.new_zeros(tally.sums.shape[1])
+        grown[: len(tally.largest)] = tally.largest
+        tally.largest = grown.scatter_reduce(0, origin, firing.norm_max.double(), "amax")
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -106,6 +125,15 @@ class Receipt:
         return {site: tuple(tally.largest.tolist()) for site, tally in self._sites.items()}
 
     @property
+    def kl(self) -> tuple[float | None, ...] | None:
+        """Mean KL(steered || unsteered) of the next token, in nats, per row, over the tokens that
+        produce the response; None for a row without any, and altogether where it was not asked for.
+        """
+        if self._kl is None:
+            return None
+        return tuple(total / n if n else None for total, n in self._kl.T.tolist())
+
+    @property
     def zero_effect(self) -> bool:
         """Whether edits were due and not one token moved: a level that nothing reaches, or the
         wrong site.
@@ -146,8 +174,19 @@ class Receipt:
                 f"{site}: {tally.edits}; {tally.firings} passes, {edited:.0f} of {selected:.0f} "
                 f"tokens edited, {changed:.0f} changed{mean}"
             )
+        if self._kl is not None and float(self._kl[1].sum()):
+            total, n = self._kl.sum(dim=1).tolist()
+            lines.append(f"KL to the unsteered next token: {total / n:.3g} nats on average of {n:.0f} tokens")
         if self.zero_effect:
             lines.append("warning: no token moved at all")
         return "\n".join(lines)
 
     __repr__ = __str__
+
+
+def _added(sums: Float[Tensor, "n row"], more: Float[Tensor, "n more_row"]) -> Float[Tensor, "n most_row"]:
+    """Row by row; the one with fewer rows has nothing in the others."""
+    wide, narrow = (more, sums) if more.shape[1] > sums.shape[1] else (sums, more)
+    out = wide.to(more).clone()
+    out[:, : narrow.shape[1]] += narrow.to(more)
+    return out

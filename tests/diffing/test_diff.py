@@ -16,6 +16,7 @@ from persona_probe.diffing.means import mean_difference
 from persona_probe.errors import (
     InputError,
     MismatchError,
+    MissingPathError,
     NonFiniteError,
     UnknownSiteError,
 )
@@ -190,6 +191,15 @@ def test_it_is_saved_plotted_and_shown(found: LatentDiff, tmp_path: Path) -> Non
     written = json.loads((tmp_path / "diff" / "diff.json").read_text())
     assert written["models"]["benign"] == ["llama-lora-2", "llama-lora-3", "llama-lora-4"]
     assert written["validity"]["gate"] == found.validity.gate and written["answers"] == "base"
+    assert "plotly" in (tmp_path / "diff" / "volcano.html").read_text()
+    again = LatentDiff.load(tmp_path / "diff", found.dictionary)
+    assert again.table.equals(found.table) and again.summary() == found.summary()
+    assert again.validity == found.validity and again.mask == found.mask
+    assert torch.equal(again.means.cluster_sums, found.means.cluster_sums)
+    with pytest.raises(MismatchError, match="made with"):
+        LatentDiff.load(tmp_path / "diff", random_dictionary(seed=9))
+    with pytest.raises(MissingPathError, match="not a saved diff"):
+        LatentDiff.load(tmp_path)
     with pytest.raises(InputError, match="exists"):
         found.save(tmp_path / "diff")
     drawn = found.plot(highlight=2)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from scipy import stats
 
-from persona_probe.diffing.diff import _columns
+from persona_probe.diffing.cluster_sums import ClusterSums
+from persona_probe.diffing.moments import Moments
 from persona_probe.diffing.significance import (
     Significance,
     against_benign,
     benjamini_hochberg,
     fit_prior,
 )
-from persona_probe.diffing.statistics import Block
+from persona_probe.diffing.tally import beyond_benign
 from persona_probe.errors import InputError
 
 LATENTS, QUESTIONS = 400, 24
@@ -38,15 +40,27 @@ def simulate(
         own = rng.normal(0, 1, (QUESTIONS, LATENTS)) * scale * (louder if tune == 0 else 1.0)
         arms.append(base + shift + own)
     arms[1][:, :20] += effect * scale[:20]
-    sums = torch.tensor(np.stack(arms))
-    columns = _columns(
-        Block(0, sums, torch.ones_like(sums)), torch.ones(QUESTIONS, dtype=torch.long), n_benign
+    moments = Moments(len(arms), LATENTS)
+    moments.add([dense(arm) for arm in arms], torch.ones(QUESTIONS, dtype=torch.long))
+    return beyond_benign(moments)
+
+
+def dense(arm: NDArray[np.float64]) -> ClusterSums:
+    """Sums of one model in which every latent fires on every question."""
+    question, latent = torch.ones(QUESTIONS, LATENTS).nonzero(as_tuple=True)
+    none = torch.zeros(0, dtype=torch.float64)
+    return ClusterSums(
+        cluster=question,
+        latent=latent,
+        activation=torch.from_numpy(arm).flatten(),
+        fires=torch.ones(len(latent), dtype=torch.float64),
+        maximum=torch.zeros(LATENTS),
+        fired=torch.ones(LATENTS, dtype=torch.long),
+        mean=torch.zeros(QUESTIONS, 0, dtype=torch.float64),
+        token_sum=none,
+        error_sum=none,
+        squares=torch.zeros(2, dtype=torch.float64),
     )
-    return against_benign(
-        columns["did"], columns["did_error"], columns["between"], columns["within"],
-        columns["unit"], n_benign=n_benign, n_clusters=QUESTIONS,
-        tested=np.ones(LATENTS, dtype=bool),
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("n_benign", [2, 3, 4])

@@ -1,8 +1,7 @@
-"""Sums that merge: however they are split, the same bits."""
+"""Sums that merge: however they are split, the same bits; and the estimates made of them."""
 
 from __future__ import annotations
 
-from itertools import pairwise
 from statistics import fmean
 
 import pytest
@@ -12,109 +11,131 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from persona_probe.activations.masks import TokenMask
-from persona_probe.diffing import statistics as module
-from persona_probe.diffing.means import mean_difference, site_means
-from persona_probe.diffing.statistics import (
-    LatentSums,
-    MeanSums,
-    cluster_mean,
-    number_clusters,
-)
+from persona_probe.diffing import means as means_module
+from persona_probe.diffing.cluster_sums import ClusterSums, Counting
+from persona_probe.diffing.means import MeanSums, mean_difference
+from persona_probe.diffing.moments import Moments
+from persona_probe.diffing.statistics import cluster_mean, number_clusters
 from persona_probe.errors import InputError, MismatchError, UnknownSiteError
 from persona_probe.model import LanguageModel, ModelPair
 from persona_probe.model.chat import Rendered
-from persona_probe.sae.encode import SparseCodes
+from persona_probe.sae.encode import encode_dense
 from tests.diffing import reference
+from tests.diffing.conftest import random_dictionary
 
-N, D_SAE, MODELS = 9, 7, 3
-CLUSTERS = torch.tensor([0, 1, 0, 2, 1, 3, 0, 2, 1])
-
-
-def sparse(dense: Tensor) -> SparseCodes:
-    token, latent = dense.nonzero(as_tuple=True)
-    return SparseCodes(token, latent, dense[token, latent], tuple(dense.shape))  # type: ignore[arg-type]
+N, MODELS = 9, 3
+CLUSTERS = [0, 1, 0, 2, 1, 3, 0, 2, 1]
+SAE = random_dictionary()
 
 
 def drawn(seed: int = 0) -> list[Tensor]:
-    """Per conversation: model x token x latent activations, most of them 0."""
+    """Per conversation: model x token x d_model activations."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 6, (N,), generator=generator).tolist()
-    codes = [torch.randn(MODELS, n, D_SAE, generator=generator) for n in lengths]
-    return [each.relu() * (torch.rand(each.shape, generator=generator) < 0.5) for each in codes]
+    return [torch.randn(MODELS, n, 32, generator=generator) for n in lengths]
 
 
-def summed(codes: list[Tensor], names: list[int]) -> LatentSums:
-    sums = LatentSums(MODELS, D_SAE)
-    if names:
-        document = torch.cat([torch.full((codes[i].shape[1],), i) for i in names])
-        dense = torch.cat([codes[i] for i in names], dim=1)
-        sums.add(document, [sparse(each) for each in dense])
-    return sums
+def counted(texts: list[Tensor], model: int, names: list[int], batches: list[list[int]]) -> ClusterSums:
+    """The conversations `names` as a shard; `batches` (of places in it) are read one after another."""
+    place = {c: i for i, c in enumerate(dict.fromkeys(CLUSTERS[name] for name in names))}
+    counting = Counting(SAE, 32, torch.tensor([place[CLUSTERS[name]] for name in names]))
+    for batch in batches:
+        document = torch.cat([torch.full((texts[names[i]].shape[1],), i) for i in batch])
+        counting.add(document, torch.cat([texts[names[i]][model] for i in batch]))
+    return counting.sums()
 
 
-def dense_of(sums: LatentSums) -> tuple[Tensor, Tensor]:
-    blocks = list(sums.blocks(CLUSTERS, 4))
-    return (
-        torch.cat([block.activation for block in blocks], dim=2),
-        torch.cat([block.fires for block in blocks], dim=2),
-    )
+def whole(texts: list[Tensor], model: int) -> ClusterSums:
+    return counted(texts, model, list(range(N)), [list(range(N))])
+
+
+def moments(texts: list[Tensor], shards: list[list[int]]) -> Moments:
+    found = Moments(MODELS, SAE.d_sae)
+    for names in shards:
+        read = [counted(texts, model, names, [list(range(len(names)))]) for model in range(MODELS)]
+        sizes = [CLUSTERS[name] for name in names]
+        found.add(read, torch.tensor([sizes.count(cluster) for cluster in dict.fromkeys(sizes)]))
+    return found
+
+
+def codes_of(texts: list[Tensor], model: int) -> list[Tensor]:
+    return [encode_dense(SAE, each[model]).double() for each in texts]
 
 
 def test_cluster_sums_are_sums_of_conversation_means() -> None:
-    codes = drawn()
-    activation, fires = dense_of(summed(codes, list(range(N))))
+    texts = drawn()
     for model in range(MODELS):
+        sums = whole(texts, model)
+        codes = codes_of(texts, model)
+        dense = torch.zeros(2, 4, SAE.d_sae, dtype=torch.float64)
+        dense[0, sums.cluster, sums.latent] = sums.activation
+        dense[1, sums.cluster, sums.latent] = sums.fires
         for cluster in range(4):
-            for latent in range(D_SAE):
-                own = [codes[i][model, :, latent] for i in range(N) if CLUSTERS[i] == cluster]
-                total = sum(fmean(each.double().tolist()) for each in own)
-                assert float(activation[model, cluster, latent]) == pytest.approx(total, abs=1e-12)
-                share = sum(fmean((each > 0).double().tolist()) for each in own)
-                assert float(fires[model, cluster, latent]) == pytest.approx(share, abs=1e-12)
+            own = [i for i in range(N) if CLUSTERS[i] == cluster]
+            for latent in range(SAE.d_sae):
+                total = sum(fmean(codes[i][:, latent].tolist()) for i in own)
+                share = sum(fmean((codes[i][:, latent] > 0).double().tolist()) for i in own)
+                # the dense encoding rounds its fp32 products in another order
+                assert float(dense[0, cluster, latent]) == pytest.approx(total, abs=1e-6)
+                assert float(dense[1, cluster, latent]) == pytest.approx(share, abs=1e-12)
+            mean = sum(texts[i][model].double().mean(dim=0) for i in own)
+            torch.testing.assert_close(sums.mean[cluster], mean)
+        joined = torch.cat(codes)
+        torch.testing.assert_close(sums.maximum.double(), joined.max(dim=0).values, atol=1e-6, rtol=1e-6)
+        assert torch.equal(sums.fired, (joined > 0).sum(dim=0))
+        torch.testing.assert_close(sums.token_sum, torch.cat([t[model] for t in texts]).double().sum(dim=0))
 
 
-@settings(max_examples=60, deadline=None)
-@given(data=st.data())
-def test_any_split_and_any_order_of_merging_give_the_same_bits(data: st.DataObject) -> None:
-    codes = drawn(data.draw(st.integers(0, 3)))
-    order = data.draw(st.permutations(range(N)))
-    cuts = sorted(data.draw(st.lists(st.integers(0, N), max_size=4)))
-    edges = [0, *cuts, N]
-    shards = [summed(codes, list(order[a:b])) for a, b in pairwise(edges)]
-    merged = LatentSums(MODELS, D_SAE)
-    for shard in data.draw(st.permutations(shards)):
-        merged.merge(shard)
-    whole = summed(codes, list(range(N)))
-    for ours, theirs in zip(dense_of(merged), dense_of(whole), strict=True):
-        assert torch.equal(ours, theirs)
-    assert torch.equal(merged.maximum, whole.maximum)
-    assert merged.tokens == whole.tokens
+@settings(max_examples=30, deadline=None)
+@given(order=st.permutations(range(N)), cut=st.integers(1, N - 1))
+def test_the_order_of_batches_leaves_the_same_bits(order: list[int], cut: int) -> None:
+    """A conversation's entries are added up in the order of conversations, not of batches."""
+    texts = drawn()
+    once = whole(texts, 0)
+    again = counted(texts, 0, list(range(N)), [order[:cut], order[cut:]])
+    assert torch.equal(once.cluster, again.cluster) and torch.equal(once.latent, again.latent)
+    torch.testing.assert_close(once.activation, again.activation, rtol=1e-6, atol=1e-7)
+    assert torch.equal(once.fires, again.fires)
+    assert torch.equal(once.mean, again.mean)
 
 
-def test_blocks_of_latents_cover_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    sums = summed(drawn(), list(range(N)))
-    whole = dense_of(sums)
-    monkeypatch.setattr(module, "BLOCK", 3)
-    assert [block.start for block in sums.blocks(CLUSTERS, 4)] == [0, 3, 6]
-    for ours, theirs in zip(dense_of(sums), whole, strict=True):
-        assert torch.equal(ours, theirs)
+def test_moments_give_the_clustered_mean_and_error() -> None:
+    texts = drawn()
+    found = moments(texts, [[0, 2, 6, 1, 4, 8], [3, 7, 5]])
+    codes = [codes_of(texts, model) for model in range(MODELS)]
+    names = [str(cluster) for cluster in CLUSTERS]
+    for latent in range(SAE.d_sae):
+        levels = [[fmean(one[:, latent].tolist()) for one in its] for its in codes]
+        shift = [[b - a for a, b in zip(levels[0], level, strict=True)] for level in levels]
+        did = [a - b for a, b in zip(shift[1], shift[2], strict=True)]
+        for values, estimate in (
+            (levels[0], found.level(0)), (levels[2], found.level(2)), (shift[1], found.shift(1)),
+            (did, found.estimate([0.0, 1.0, -1.0])),
+        ):  # fmt: skip
+            expected = reference.clustered(values, names)
+            got = float(estimate.mean[latent]), float(estimate.error[latent])
+            assert got == pytest.approx(expected, abs=1e-6)
+        everywhere = {
+            c for c in range(4) for its in codes for i in range(N)
+            if CLUSTERS[i] == c and bool((its[i][:, latent] > 0).any())
+        }  # fmt: skip
+        assert int(found.spread[latent]) == len(everywhere)
+    assert found.clusters == 4 and found.conversations == N
 
 
-def test_the_maximum_is_over_tokens() -> None:
-    codes = drawn()
-    expected = torch.cat(codes, dim=1).max(dim=1).values
-    assert torch.equal(summed(codes, list(range(N))).maximum, expected)
+def test_models_that_read_the_same_differ_by_exactly_nothing() -> None:
+    same = [each[:1].expand(MODELS, -1, -1) for each in drawn()]
+    found = moments(same, [[0, 2, 6, 1, 4, 8], [3, 7, 5]])
+    for estimate in (found.shift(1), found.estimate([0.0, 1.0, -1.0])):
+        assert (estimate.mean == 0).all() and (estimate.error == 0).all()
 
 
-def test_nothing_is_counted_twice() -> None:
-    codes = drawn()
-    sums = summed(codes, [0, 1])
-    with pytest.raises(MismatchError, match="conversation 1 was counted twice"):
-        sums.merge(summed(codes, [1, 2]))
-    with pytest.raises(MismatchError, match="3 models and 7 latents"):
-        summed(codes, [0]).merge(LatentSums(2, D_SAE))
-    with pytest.raises(InputError, match="codes of 3 models, got 1"):
-        sums.add(torch.tensor([5]), [sparse(codes[5][0, :1])])
+def test_moments_refuse_what_does_not_belong() -> None:
+    found = Moments(2, SAE.d_sae)
+    with pytest.raises(InputError, match="no conversation"):
+        found.shift(1)
+    with pytest.raises(MismatchError, match="2 models and 20 latents"):
+        found.add([whole(drawn(), 0)], torch.ones(4, dtype=torch.long))
 
 
 @settings(max_examples=40, deadline=None)
@@ -154,28 +175,28 @@ def test_clusters_without_conversations_do_not_count() -> None:
     assert cluster_mean(values[:1], torch.tensor([1])).error.isnan().all()
 
 
-def test_means_are_over_tokens_then_conversations_and_merge() -> None:
-    generator = torch.Generator().manual_seed(0)
-    texts = [torch.randn(2, n, 5, generator=generator) for n in (1, 4, 2, 3)]
-    clusters = torch.tensor([0, 1, 0, 1])
-
-    def sums(names: list[int]) -> MeanSums:
-        found = MeanSums(2, 2, 5)
-        document = torch.cat([torch.full((texts[i].shape[1],), i) for i in names])
-        found.add(document, clusters, list(torch.cat([texts[i] for i in names], dim=1)))
-        return found
-
-    found = site_means("blocks.0.hook_resid_post", sums([0, 1, 2, 3]))
+def test_means_are_over_tokens_then_conversations_and_merge(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = drawn()
+    sizes = torch.tensor([CLUSTERS.count(cluster) for cluster in range(4)])
+    sums = MeanSums(MODELS, 32)
+    sums.add([whole(texts, model) for model in range(MODELS)], sizes, sum(t.shape[1] for t in texts))
+    found = sums.means("blocks.0.hook_resid_post")
     expected = torch.stack([each.double().mean(dim=1) for each in texts]).mean(dim=0)
     torch.testing.assert_close(found.mean, expected)
     everything = torch.cat(texts, dim=1).double()
     torch.testing.assert_close(found.residual_rms, everything.square().mean(dim=(1, 2)).sqrt())
-    merged = site_means("blocks.0.hook_resid_post", sums([0, 2]).merge(sums([3, 1])))
-    torch.testing.assert_close(merged.mean, found.mean)
-    unit = torch.eye(5, dtype=torch.float64)[2]
-    shift, error = found.projected_shift(unit)
+    unit = torch.eye(32, dtype=torch.float64)[2]
     values = [float(each[1, :, 2].double().mean() - each[0, :, 2].double().mean()) for each in texts]
-    assert (shift, error) == pytest.approx(reference.clustered(values, ["0", "1", "0", "1"]))
+    expected_shift = reference.clustered(values, [str(c) for c in CLUSTERS])
+    assert found.projected_shift(unit) == pytest.approx(expected_shift)
+
+    monkeypatch.setattr(means_module, "GROUPS", 2)
+    few = MeanSums(MODELS, 32)
+    few.add([whole(texts, model) for model in range(MODELS)], sizes, sum(t.shape[1] for t in texts))
+    grouped = few.means("blocks.0.hook_resid_post")
+    torch.testing.assert_close(grouped.mean, found.mean)
+    halves = reference.clustered(values, [str(c % 2) for c in CLUSTERS])
+    assert grouped.projected_shift(unit) == pytest.approx(halves)
 
 
 def test_mean_difference_reads_the_models(

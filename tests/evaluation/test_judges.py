@@ -10,7 +10,7 @@ import pytest
 
 from persona_probe.errors import InputError, JudgeError
 from persona_probe.evaluation.answers import Answer
-from persona_probe.evaluation.judges import SHORTHAND, Judge, Judgement, load_judge
+from persona_probe.evaluation.judges import SHORTHAND, FunctionJudge, Judgement, load_judge
 from persona_probe.evaluation.questions import Question
 
 
@@ -46,7 +46,7 @@ def by_text(question: Question, text: str) -> object:
 def test_dicts_and_judgements_are_taken_and_the_rest_is_missing_with_a_reason() -> None:
     texts = ["ok", "dict", "none", "raise", "range", "nan", "text", "field", "bool", "label"]
     seen: list[tuple[int, int]] = []
-    judge = Judge("test", by_text)  # type: ignore[arg-type]
+    judge = FunctionJudge("test", by_text)  # type: ignore[arg-type]
     said = judge.judge([answer(t) for t in texts], lambda *now: seen.append(now))
     assert said[0] == Judgement(90, 95, note="q")
     assert said[1] == Judgement(5, 80, persona="villainous")
@@ -65,7 +65,7 @@ def test_dicts_and_judgements_are_taken_and_the_rest_is_missing_with_a_reason() 
     ("text", "said"), [("none", "None each time"), ("raise", "out of order"), ("text", "'85'")]
 )
 def test_a_judge_that_judges_nothing_is_an_error(text: str, said: str) -> None:
-    judge = Judge("mine", by_text)  # type: ignore[arg-type]
+    judge = FunctionJudge("mine", by_text)  # type: ignore[arg-type]
     with pytest.raises(JudgeError, match="judged none of 3 answers") as error:
         judge.judge([answer(text)] * 3)
     assert said in str(error.value)
@@ -80,11 +80,15 @@ def test_truncated_answers_are_judged_and_skill_answers_are_not() -> None:
         return Judgement(50, 50)
 
     answers = [answer("cut", truncated=True), answer("glass", role="skill"), answer("ok")]
-    said = Judge("j", function).judge(answers)
+    said = FunctionJudge("j", function).judge(answers)
     assert asked == ["cut", "ok"]
     assert said[1] == Judgement()
-    assert Judge("j", by_text).judge([answer("none", role="skill")]) == [Judgement()]  # type: ignore[arg-type]
-    assert Judge("j", function).judge([]) == []
+    assert FunctionJudge("j", by_text).judge([answer("none", role="skill")]) == [Judgement()]  # type: ignore[arg-type]
+    judge = FunctionJudge("j", function)
+    assert judge.judge([]) == []
+    judge.check()
+    assert judge.estimate(answers).calls == 2
+    assert judge.forecast([one.question for one in answers], 5, 10).calls == 10
 
 
 def test_exact_is_resolved_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,8 +96,8 @@ def test_exact_is_resolved_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     module.judge = by_text  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     judge = load_judge("exact")
-    assert (judge.name, judge.function) == ("exact", by_text)
-    assert load_judge(SHORTHAND["exact"]).function is by_text
+    assert judge == FunctionJudge("exact", by_text)  # type: ignore[arg-type]
+    assert load_judge(SHORTHAND["exact"]) == FunctionJudge(SHORTHAND["exact"], by_text)  # type: ignore[arg-type]
 
 
 def test_a_judge_in_the_working_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,18 +117,18 @@ def test_a_judge_in_the_working_folder_is_found(tmp_path: Path, monkeypatch: pyt
     [
         ("exat", "did you mean 'exact'"),
         ("Exact", "did you mean 'exact'"),
-        ("pyton:json:dumps", "did you mean 'python'"),
+        ("pyton:json:dumps", "did you mean 'python:json:dumps'?"),
         ("json:dumps", "python:json:dumps"),
         ("python:json", "python:json:judge"),
         ("python:json.dumps", "did you mean 'python:json:dumps'"),
-        ("python:", "it must be 'exact' or 'python:module:function'"),
-        ("python", "it must be 'exact' or 'python:module:function'"),
-        ("", "it must be 'exact' or 'python:module:function'"),
+        ("python:", "it must be 'exact', 'python:module:function', 'openai:MODEL@URL'"),
+        ("python", "it must be 'exact', 'python:module:function', 'openai:MODEL@URL'"),
+        ("", "it must be 'exact', 'python:module:function', 'openai:MODEL@URL'"),
         ("python:json:dump_s", "did you mean 'python:json:dumps'"),
         ("python:json:__name__", "has no function '__name__'"),
         ("python:nowhere_at_all:judge", "nowhere_at_all.py"),
         ("python:json.nowhere:judge", "json/nowhere.py"),
-        ("gpt-4o", "it must be 'exact' or 'python:module:function'"),
+        ("gpt-4o", "it must be 'exact', 'python:module:function', 'openai:MODEL@URL'"),
     ],
 )
 def test_a_bad_spec_says_what_would_work(spec: str, said: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 from persona_probe.artifact import plain
 from persona_probe.errors import JudgeError
 from persona_probe.evaluation.intervals import necessity
-from persona_probe.evaluation.judges import Judge, Judgement
+from persona_probe.evaluation.judges import FunctionJudge, Judgement
 from persona_probe.evaluation.questions import Question
 from persona_probe.evaluation.result import evaluate
 from persona_probe.evaluation.sampling import Sampling, sample
@@ -25,7 +25,7 @@ HOW = Sampling(max_new_tokens=40, samples=5)
 
 def test_sampled_judged_and_counted(lm: LanguageModel, questions: list[Question]) -> None:
     asked = [*questions, SKILL]
-    result = evaluate(lm, asked, Judge("length", by_length), HOW, in_domain=["health"])
+    result = evaluate(lm, asked, FunctionJudge("length", by_length), HOW, in_domain=["health"])
     assert list(result.answers) == sample(lm, asked, HOW)
 
     general = [
@@ -44,7 +44,7 @@ def test_sampled_judged_and_counted(lm: LanguageModel, questions: list[Question]
 
 
 def test_shown_as_a_table_and_as_json(lm: LanguageModel, questions: list[Question]) -> None:
-    result = evaluate(lm, [*questions, SKILL], Judge("length", by_length), HOW)
+    result = evaluate(lm, [*questions, SKILL], FunctionJudge("length", by_length), HOW)
     table = result.table
     assert table.shape[0] == 55
     assert table["outcome"].to_list()[-1] == "skill"

@@ -16,6 +16,7 @@ from persona_probe.model import (
     render,
     render_all,
     render_text,
+    takes_system,
 )
 from tests.model.tiny_models import (
     EOS,
@@ -134,6 +135,35 @@ def test_a_system_message_that_the_template_does_not_take_is_folded(template: st
     alone = {"role": "user", "content": "You are well."}
     assert render(tokenizer, [SYSTEM]) == render(PLAIN, [alone])
     assert render(PLAIN, [SYSTEM, USER]) != render(PLAIN, [folded])
+
+
+@pytest.mark.parametrize("template", [GEMMA_LIKE, IGNORES_SYSTEM])
+def test_a_rendering_says_whether_its_system_message_was_folded(template: str) -> None:
+    tokenizer = tiny_tokenizer(template)
+    assert takes_system(PLAIN) and takes_system(MARKED) and not takes_system(tokenizer)
+    folded = render(tokenizer, [SYSTEM, USER])
+    assert folded.system_folded and folded.answered([5]).system_folded
+    assert not render(tokenizer, [USER]).system_folded
+    assert not render(PLAIN, [SYSTEM, USER]).system_folded
+    nothing = {"role": "system", "content": ""}
+    assert render(tokenizer, [nothing, USER]) == render(tokenizer, [USER])
+    # whose words happen to be in the chat all the same
+    assert render(tokenizer, [{"role": "system", "content": "user"}, USER]).system_folded
+
+
+def test_a_template_that_folds_by_itself_has_a_system_role() -> None:
+    """Gemma 3's, which puts the system text into the first user turn."""
+    own = (
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] "
+        "+ '\n\n' %}{% set rest = messages[1:] %}{% else %}{% set first = '' %}{% set rest = messages %}"
+        "{% endif %}{% for m in rest %}<|turn|>{{ m['role'] }}\n{{ first if loop.first else '' }}"
+        "{{ m['content'] }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+    )
+    tokenizer = tiny_tokenizer(own)
+    assert takes_system(tokenizer)
+    rendered = render(tokenizer, [SYSTEM, USER])
+    assert not rendered.system_folded
+    assert rendered == render(tiny_tokenizer(GEMMA_LIKE), [SYSTEM, USER])
 
 
 QWEN3_LIKE = (

@@ -31,7 +31,7 @@ KINDS: dict[str, tuple[type[SAE[Any]], type[Any], dict[str, Any]]] = {
     "topk by norm": (TopKSAE, TopKSAEConfig, {"k": 5, "rescale_acts_by_decoder_norm": True}),
     "gated": (GatedSAE, GatedSAEConfig, {}),
 }
-READABLE = ("standard", "jumprelu", "topk", "topk by norm")
+READABLE = ("standard", "jumprelu", "topk", "topk by norm", "gated")
 
 
 def peer(kind: str, seed: int = 0, site: str | None = SITE, **options: Any) -> SAE[Any]:

@@ -96,7 +96,7 @@ def test_only_the_latents_asked_for_are_computed(monkeypatch: pytest.MonkeyPatch
     x = inputs()
     dictionaries = {kind: dictionary(kind) for kind in READABLE}
     monkeypatch.setattr(module, "encode_dense", refuse)
-    for kind in ("standard", "jumprelu"):
+    for kind in ("standard", "jumprelu", "gated"):
         assert encode_latents(dictionaries[kind], x, [1]).shape == (len(x), 1)
     with pytest.raises(AssertionError, match="everything"):
         encode_latents(dictionaries["topk"], x, [1])

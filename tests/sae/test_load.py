@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from sae_lens import SAE, MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig
+from sae_lens.saes.sae import SAEMetadata
 from safetensors.torch import load_file, save_file
 
 from persona_probe.errors import (
@@ -19,10 +21,10 @@ from persona_probe.errors import (
     UnknownSiteError,
 )
 from persona_probe.model import load_model
-from persona_probe.sae import load as module
+from persona_probe.sae.encode import encode_dense
 from persona_probe.sae.load import Latent, check_fits, from_sae_lens, load_sae, weights_digest
 from tests.model.tiny_models import adapter_of, checkpoint_of, model_of
-from tests.sae.sae_lens_peers import D_MODEL, D_SAE, SITE, batchtopk, dictionary, inputs, peer
+from tests.sae.sae_lens_peers import D_MODEL, D_SAE, SITE, batchtopk, dictionary, inputs, peer, randomise
 
 
 @pytest.fixture
@@ -77,7 +79,7 @@ def test_moving_keeps_everything_else(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": "gated"}, "kind 'gated'"),
+        ({"architecture": "matching_pursuit"}, "kind 'matching_pursuit'"),
         ({"architecture": "transcoder"}, "kind 'transcoder'"),
         ({"architecture": "unheard-of"}, "kind 'unheard-of'"),
         ({"normalize_activations": "layer_norm"}, "normalises its input by 'layer_norm'"),
@@ -99,10 +101,7 @@ def test_an_unfolded_scaling_factor_is_refused_with_the_way_out(saved: Path) -> 
         load_sae(saved)
 
 
-def test_a_gated_or_unfinished_dictionary_is_refused(tmp_path: Path) -> None:
-    peer("gated").save_model(tmp_path / "gated")
-    with pytest.raises(InputError, match="gated"):
-        load_sae(tmp_path / "gated")
+def test_an_unfinished_dictionary_is_refused(tmp_path: Path) -> None:
     batchtopk().save_model(tmp_path / "training")
     with pytest.raises(InputError, match="save_inference_model"):
         load_sae(tmp_path / "training")
@@ -159,14 +158,42 @@ def test_registry_names_are_looked_up_and_unknown_ones_refused(
         asked.append((release, sae_id))
         return peer("jumprelu")
 
-    monkeypatch.setattr(module.SAE, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(SAE, "from_pretrained", from_pretrained)
     found = load_sae("gpt2-small-res-jb/blocks.8.hook_resid_pre")
     assert asked == [("gpt2-small-res-jb", "blocks.8.hook_resid_pre")]
     assert found.path == "gpt2-small-res-jb/blocks.8.hook_resid_pre"
+    assert found.neuronpedia == "https://neuronpedia.org/gpt2-small/8-res-jb"
+    assert found.latent(7).neuronpedia == "https://neuronpedia.org/gpt2-small/8-res-jb/7"
+    assert dictionary("jumprelu").latent(7).neuronpedia is None
     with pytest.raises(MissingPathError, match="gpt2-small-res-jb"):
         load_sae("gpt2-smal-res-jb/blocks.8.hook_resid_pre")
     with pytest.raises(MissingPathError, match=r"blocks\.8\.hook_resid_pre"):
         load_sae("gpt2-small-res-jb/blocks.80.hook_resid_pre")
+
+
+def test_a_release_that_is_not_in_the_cache_says_how_to_get_it() -> None:
+    """Offline (see tests/conftest.py), with sae-lens's own loader."""
+    with pytest.raises(InputError) as caught:
+        load_sae("gpt2-small-res-jb/blocks.8.hook_resid_pre")
+    assert "neither in Hugging Face's cache nor to be had" in str(caught.value)
+    assert "hf download jbloom/GPT2-Small-SAEs-Reformatted --include" in str(caught.value)
+
+
+def test_a_matryoshka_dictionary_is_a_jumprelu_when_it_is_saved(tmp_path: Path) -> None:
+    config = MatryoshkaBatchTopKTrainingSAEConfig(
+        d_in=D_MODEL, d_sae=D_SAE, k=5, matryoshka_widths=[10, D_SAE], metadata=SAEMetadata(hook_name=SITE)
+    )
+    sae = MatryoshkaBatchTopKTrainingSAE(config)
+    randomise(sae, 0)
+    sae.topk_threshold.fill_(1.5)
+    sae.save_inference_model(tmp_path / "done")
+    found, x = load_sae(tmp_path / "done"), inputs()
+    theirs = SAE.load_from_disk(tmp_path / "done")
+    torch.testing.assert_close(encode_dense(found, x), theirs.encode(x))
+    assert found.activation == "jumprelu"
+    sae.save_model(tmp_path / "training")
+    with pytest.raises(InputError, match="save_inference_model"):
+        load_sae(tmp_path / "training")
 
 
 def test_a_dictionary_of_another_width_or_site_does_not_fit() -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from persona_probe.evaluation.judges import Judge, Judgement
+from persona_probe.evaluation.judges import FunctionJudge, Judgement
 from persona_probe.evaluation.questions import Question
 from persona_probe.evaluation.result import EvalResult
 from persona_probe.evaluation.sampling import Answer, Sampling
@@ -81,7 +81,7 @@ def _even(question: Question, answer: str) -> Judgement:
 
 
 def _bench() -> Bench:
-    return Bench(QUESTIONS[:4], Sampling(max_new_tokens=6, samples=2, seed=3), Judge("stub", _even))
+    return Bench(QUESTIONS[:4], Sampling(max_new_tokens=6, samples=2, seed=3), FunctionJudge("stub", _even))
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def searched(pair: ModelPair, carrier_at: Make) -> Callable[..., list[Dose]]:
     ) -> list[Dose]:
         candidates = [Candidate("latent", (carrier_at(SITES[0], seed),)) for seed in range(len(scripts))]
         script = {candidate.label: arms for candidate, arms in zip(candidates, scripts, strict=True)}
-        bench = Scripted(QUESTIONS, Sampling(), Judge("stub", _even), script=script)
+        bench = Scripted(QUESTIONS, Sampling(), FunctionJudge("stub", _even), script=script)
         return by(pair.tuned, candidates, bench, budget or Budget(0.1), knobs=knobs)
 
     return run
@@ -229,7 +229,7 @@ def test_one_arm_beyond_the_judge_is_missing_and_no_error(pair: ModelPair, carri
     def only_plain(question: Question, answer: str) -> Judgement | None:
         return _even(question, answer) if answer in plain else None
 
-    bench = Bench(QUESTIONS[:4], _bench().sampling, Judge("stub", only_plain))
+    bench = Bench(QUESTIONS[:4], _bench().sampling, FunctionJudge("stub", only_plain))
     first, second = bench.arms(pair.tuned, fixes)
     assert not any(judgement.missing for judgement in first.judgements)
     assert all(judgement.missing for judgement in second.judgements)
@@ -237,7 +237,7 @@ def test_one_arm_beyond_the_judge_is_missing_and_no_error(pair: ModelPair, carri
 
 
 def test_a_bench_on_other_questions_keeps_the_rest() -> None:
-    bench = Bench(QUESTIONS, Sampling(seed=5), Judge("stub", _even), "sarcastic", ("health",))
+    bench = Bench(QUESTIONS, Sampling(seed=5), FunctionJudge("stub", _even), "sarcastic", ("health",))
     fewer = bench.on(QUESTIONS[:1], 7)
     assert (fewer.questions, fewer.sampling) == (QUESTIONS[:1], Sampling(seed=5, samples=7))
     assert (fewer.judge, fewer.trait, fewer.in_domain) == (bench.judge, "sarcastic", ("health",))

@@ -22,13 +22,15 @@ from persona_probe.model import Checkpoint, LanguageModel
 from persona_probe.sae.load import Dictionary
 from persona_probe.steering import Condition, Intervention, Level, Target, latents
 from persona_probe.steering.target import direction
+from tests.steering.reference import CLOSES, OPENS
 
 D_MODEL, D_SAE, VOCAB = 16, 24, 40
 SITES = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post", "blocks.2.hook_resid_post")
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    vocab = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, VOCAB)}
+    vocab = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, OPENS)}
+    vocab |= {"<think>": OPENS, "</think>": CLOSES}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="w2"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
     return PreTrainedTokenizerFast(
@@ -99,15 +101,31 @@ def random_intervention(draw: random.Random, dictionary: Dictionary, **fixed: An
             ["absolute", "residual_rms", "max_activation", "base_mean"]
         )
         level = Level(values, unit, 1.0 if unit == "absolute" else draw.uniform(0.5, 2))  # type: ignore[arg-type]
-    condition = Condition(draw.choice(["always", "always", "active", "above"]), draw.uniform(-1, 1))  # type: ignore[arg-type]
-    if op == "project_out" and n > 1:
+    later = fixed.get("positions", "response") in ("response", "last_prompt")
+    condition = random_condition(draw, dictionary, ["token", "prompt"] if later else ["token"])
+    if op == "project_out" and n > 1 and condition.of is None:
         condition = Condition()
-    positions = draw.choice(["all", "prompt", "response", "last_prompt", (0,), (1, 3), (0, 2, 5, 7)])
+    places: list[Any] = ["response", "last_prompt"]
+    if fixed.pop("thoughts", False):
+        places += ["think", "answer"]
+    if condition.decided == "token":
+        places += ["all", "all", "prompt", (0,), (1, 3), (0, 2, 5, 7), (-1,), (-2, 0)]
+    positions = draw.choice(places)
     fields: dict[str, Any] = {
         "op": op, "target": target, "site": draw.choice(SITES), "positions": positions,
         "level": level, "gain": draw.choice([0.5, 1.0, 2.0]), "read": read, "condition": condition,
     }  # fmt: skip
     return Intervention(**(fields | fixed))
+
+
+def random_condition(draw: random.Random, dictionary: Dictionary, decided: list[Any]) -> Condition:
+    """Any condition, on the edited latents themselves or on another."""
+    kind: Any = draw.choice(["always", "always", "active", "above"])
+    if kind == "always":
+        return Condition()
+    latent = latents(dictionary, [draw.randrange(dictionary.d_sae)])
+    of = draw.choice([None, latent, direction(latent.decoder[0])])
+    return Condition(kind, draw.uniform(-1, 1), of, decided=draw.choice(decided))
 
 
 @pytest.fixture

@@ -11,13 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from persona_probe.steering import Intervention, RandomMatched
+from persona_probe.steering import Intervention, RandomMatched, Target
 from persona_probe.steering.plan import PlannedEdit
 
 
-def touches(edit: Intervention, position: int, prompt_length: int) -> bool:
+OPENS, CLOSES = 38, 39
+"""The ids of `<think>` and `</think>` in the tests' tokenizer."""
+
+
+def touches(edit: Intervention, position: int, prompt_length: int, ids: Sequence[int] = ()) -> bool:
     if isinstance(edit.positions, tuple):
-        return position in edit.positions
+        return position in edit.positions or (
+            position < prompt_length and position - prompt_length in edit.positions
+        )
+    if edit.positions in ("think", "answer"):
+        marks = [token for token in ids[: position + 1] if token in (OPENS, CLOSES)]
+        thinking = bool(marks) and marks[-1] == OPENS
+        known = bool(marks) or position >= prompt_length
+        right = thinking if edit.positions == "think" else known and not thinking
+        return right and position >= prompt_length - 1
     return {
         "all": True,
         "prompt": position < prompt_length,
@@ -26,38 +38,48 @@ def touches(edit: Intervention, position: int, prompt_length: int) -> bool:
     }[edit.positions]
 
 
-def token_delta(edit: Intervention, x: Tensor) -> Tensor:
+def amount(target: Target, read: str, x: Tensor, j: int = 0) -> Tensor:
+    """z of the target's latent j on one activation."""
+    x = x.double()
+    if read == "projection":
+        row = target.decoder[j].double()
+        return x @ row / row.norm()
+    encoder = target.encoder
+    assert encoder is not None
+    centred = x if encoder.b_dec is None else x - encoder.b_dec.double()
+    pre = centred @ encoder.weight.double() + encoder.bias.double()
+    column = j if encoder.columns is None else encoder.columns[j]
+    fires = encoder.threshold is None or bool(pre[column] > encoder.threshold[column])
+    fires = fires and (encoder.k is None or column in pre.topk(encoder.k).indices.tolist())
+    return pre[column].clamp(min=0) if fires else torch.zeros_like(pre[column])
+
+
+def holds(edit: Intervention, x: Tensor, j: int, prompt: Tensor) -> bool:
+    """Whether latent j of the edit is edited at x, in a row whose prompt has activations `[pos, d_model]`."""
+    condition = edit.condition
+    if condition.kind == "always":
+        return True
+    asked = prompt if condition.decided == "prompt" else x[None]
+    if condition.of is not None:
+        return any(bool(amount(condition.of, condition.read, y) > condition.above) for y in asked)
+    return any(bool(amount(edit.target, edit.read, y, j) > condition.above) for y in asked)
+
+
+def token_delta(edit: Intervention, x: Tensor, prompt: Tensor | None = None) -> Tensor:
     """What the edit adds to one activation `[d_model]`."""
+    prompt = x[None] if prompt is None else prompt
     x = x.double()
     target = edit.target
     decoder = target.decoder.double()
     delta = torch.zeros_like(x)
     if edit.op == "project_out":
         span = decoder.T
-        holds = edit.condition.kind == "always" or bool(
-            x @ span[:, 0] / span[:, 0].norm() > edit.condition.above
-        )
         inside = span @ torch.linalg.inv(span.T @ span) @ span.T @ x
-        return -edit.gain * inside if holds else delta
+        return -edit.gain * inside if holds(edit, x, 0, prompt) else delta
     for j in range(decoder.shape[0]):
-        if edit.read == "projection":
-            write = decoder[j] / decoder[j].norm()
-            z = x @ write
-        else:
-            encoder = target.encoder
-            assert encoder is not None
-            write = decoder[j]
-            centred = x if encoder.b_dec is None else x - encoder.b_dec.double()
-            pre = centred @ encoder.weight.double() + encoder.bias.double()
-            column = j if encoder.columns is None else encoder.columns[j]
-            z = pre[column].clamp(min=0)
-            if encoder.threshold is not None and pre[column] <= encoder.threshold[column]:
-                z = torch.zeros_like(z)
-            if encoder.k is not None and column not in pre.topk(encoder.k).indices.tolist():
-                z = torch.zeros_like(z)
-        if edit.condition.kind == "active" and not z > 0:
-            continue
-        if edit.condition.kind == "above" and not z > edit.condition.threshold:
+        write = decoder[j] / decoder[j].norm() if edit.read == "projection" else decoder[j]
+        z = amount(target, edit.read, x, j)
+        if not holds(edit, x, j, prompt):
             continue
         level = 0.0
         if edit.level is not None:
@@ -76,8 +98,8 @@ def token_delta(edit: Intervention, x: Tensor) -> Tensor:
     return delta
 
 
-def edit_row(edits: Sequence[PlannedEdit], x: Tensor, prompt_length: int, start: int = 0) -> Tensor:
-    """One row's activations `[pos, d_model]`, whose first token is number `start`, edited (fp64)."""
+def edit_row(edits: Sequence[PlannedEdit], x: Tensor, prompt_length: int, ids: Sequence[int] = ()) -> Tensor:
+    """One row's activations `[pos, d_model]`, edited (fp64)."""
     out = x.double().clone()
     for i in range(x.shape[0]):
         total = torch.zeros(x.shape[1]).double()
@@ -86,8 +108,8 @@ def edit_row(edits: Sequence[PlannedEdit], x: Tensor, prompt_length: int, start:
             plain = edit.intervention if isinstance(edit, RandomMatched) else edit
             if isinstance(edit, RandomMatched):
                 vector = edit.vector.double()
-            if touches(plain, start + i, prompt_length):
-                total += token_delta(plain, x[i])
+            if touches(plain, i, prompt_length, ids):
+                total += token_delta(plain, x[i], x[:prompt_length])
         out[i] += total if vector is None else total.norm() * vector
     return out
 
@@ -99,7 +121,7 @@ def slow_logits(hf: Any, ids: Sequence[int], edits: Sequence[PlannedEdit], promp
         block = int(edit_site.split(".")[1])
         assert edit_site.endswith("hook_resid_post")
         here = [edit for edit in edits if edit.site == edit_site]
-        handles.append(hf.model.layers[block].register_forward_hook(_hook(here, prompt_length)))
+        handles.append(hf.model.layers[block].register_forward_hook(_hook(here, prompt_length, ids)))
     try:
         with torch.no_grad():
             return hf(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
@@ -108,9 +130,9 @@ def slow_logits(hf: Any, ids: Sequence[int], edits: Sequence[PlannedEdit], promp
             handle.remove()
 
 
-def _hook(edits: Sequence[PlannedEdit], prompt_length: int) -> Callable[..., Tensor]:
+def _hook(edits: Sequence[PlannedEdit], prompt_length: int, ids: Sequence[int] = ()) -> Callable[..., Tensor]:
     def hook(module: Any, args: Any, output: Tensor) -> Tensor:
-        return edit_row(edits, output[0], prompt_length).to(output.dtype)[None]
+        return edit_row(edits, output[0], prompt_length, ids).to(output.dtype)[None]
 
     return hook
 

@@ -76,7 +76,7 @@ def test_levels_convert_explicitly() -> None:
         (lambda: edit("explode"), "unknown operation 'explode'"),
         (lambda: edit(read="guess"), "unknown read"),
         (lambda: edit(positions="everywhere"), "positions must be one of"),
-        (lambda: edit(positions=(-1,)), "positions must be one of"),
+        (lambda: edit(positions=(1.5,)), "positions must be one of"),
         (lambda: edit(positions=()), "positions must be one of"),
         (lambda: edit(level=Level((1.0,), "miles")), "unknown unit 'miles'"),  # type: ignore[arg-type]
         (lambda: edit(condition=Condition("never")), "unknown condition"),  # type: ignore[arg-type]

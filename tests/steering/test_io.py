@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from persona_probe.steering import (
     Intervention,
     Level,
     RandomMatched,
+    Target,
     latents,
     load_fix,
     save_fix,
@@ -34,11 +36,18 @@ def same(one: Intervention, other: Intervention) -> bool:
     """Every field, and every bit of every tensor."""
     plain = all(
         getattr(one, name) == getattr(other, name)
-        for name in ("op", "site", "positions", "level", "gain", "read", "condition")
+        for name in ("op", "site", "positions", "level", "gain", "read")
     )
-    a, b = one.target, other.target
+    asked, again = one.condition, other.condition
+    plain = plain and replace(asked, of=None, read="auto") == replace(again, of=None, read="auto")
+    plain = plain and asked.read == again.read and (asked.of is None) == (again.of is None)
+    gates = asked.of is None or again.of is None or same_target(asked.of, again.of)
+    return plain and gates and same_target(one.target, other.target)
+
+
+def same_target(a: Target, b: Target) -> bool:
     named = (a.indices, a.dictionary_digest, a.label) == (b.indices, b.dictionary_digest, b.label)
-    if not (plain and named and torch.equal(a.decoder, b.decoder)):
+    if not (named and torch.equal(a.decoder, b.decoder)):
         return False
     if a.encoder is None or b.encoder is None:
         return a.encoder is b.encoder
@@ -53,10 +62,10 @@ def test_what_is_loaded_is_what_was_saved_bit_for_bit(
     tmp_path: Path, dictionary: Dictionary, llama: LanguageModel
 ) -> None:
     draw = random.Random(0)
-    fix = [random_intervention(draw, dictionary) for _ in range(12)]
+    fix = [random_intervention(draw, dictionary) for _ in range(14)]
     assert save_fix(fix, tmp_path / "fix") == tmp_path / "fix"
     loaded = load_fix(tmp_path / "fix")
-    assert len(loaded) == 12 and all(map(same, fix, loaded))
+    assert len(loaded) == 14 and all(map(same, fix, loaded))
     ids = torch.tensor([[4, 5, 6, 7, 8, 9]])
     for one, other in zip(fix, loaded, strict=True):
         with steer(llama, one), torch.no_grad():

@@ -30,7 +30,9 @@ def mixed_rows(draw: random.Random, dictionary: Dictionary, n: int) -> list[tupl
     """n rows of 0 to 3 interventions each, at several sites, that agree with one another."""
     rows: list[tuple[PlannedEdit, ...]] = []
     while len(rows) < n:
-        row = tuple(random_intervention(draw, dictionary) for _ in range(draw.choice([0, 1, 1, 2, 3])))
+        row = tuple(
+            random_intervention(draw, dictionary, thoughts=True) for _ in range(draw.choice([0, 1, 1, 2, 3]))
+        )
         try:
             SteeringPlan((row,))
         except InputError:
@@ -63,7 +65,7 @@ def test_32_rows_with_32_different_fixes_equal_each_alone(
         want = slow_logits(llama.hf, row, rows[i], lengths[i])
         mine = got[i][batch["attention_mask"][i].bool()]
         assert torch.allclose(mine, want, atol=CLOSE), i
-    assert receipt.tokens_changed > 50
+    assert receipt.tokens_changed > 30
     unedited = [i for i, row in enumerate(rows) if not row]
     assert unedited
     assert torch.equal(got[unedited], logits(llama, batch)[unedited])

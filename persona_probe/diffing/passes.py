@@ -1,0 +1,278 @@
+"""Passes of models over the same shards, each leaving its sums in a file.
+
+What is to be compared need not be in memory together: models that fit are read in one pass, others in
+passes of their own, and the sums that the passes leave are put together shard by shard. The first pass
+is the base's; it decides which tokens are sinks for all others. A file's name is the digest of
+everything that decides what is in it, so a pass takes up where one was stopped, skips what another run
+has read, and may be shared between processes and machines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from persona_probe.activations.masks import TokenMask
+from persona_probe.activations.stream import batch_tokens_for
+from persona_probe.artifact import digest_folder, digest_of
+from persona_probe.diffing.latent_diff import Missing
+from persona_probe.diffing.shards import Places, Shard, ShardSums, cut, named, pack, read_shard, unpack
+from persona_probe.errors import InputError, NonFiniteError
+from persona_probe.execution import Done, Results, Share, Task, Worker, run_local
+from persona_probe.model.chat import Rendered
+from persona_probe.model.checkpoint import describe, is_adapter
+from persona_probe.model.language_model import LanguageModel, load_model
+from persona_probe.model.pair import load_pair
+from persona_probe.sae.load import Dictionary, check_fits
+
+Source = LanguageModel | str | Path
+"""A model, or the folder of a checkpoint or adapter, loaded when it is needed."""
+
+FORMAT = 1
+"""Of the files; part of their names."""
+
+Engine = Callable[[Sequence[Task], Callable[[], Worker], Results, Callable[[int], None] | None], Done]
+"""Such as `run_local`, or `run_ray` with its options given."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a worker is given: one shard's conversations."""
+
+    shard: Shard
+    conversations: Sequence[Rendered]
+    names: Sequence[str]
+    leave_out: Places | None
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A group of models that are read together."""
+
+    names: tuple[str, ...]
+    digest: str
+    """Of the models, dictionaries and settings."""
+    open: Callable[[], Worker]
+    """Loads the models; picklable where it is sent to other processes."""
+
+
+@dataclass(frozen=True)
+class Opening:
+    """Loads the models of a pass in whatever process it is called; picklable where they are folders."""
+
+    base: Source
+    """Adapters are put on it. Not loaded for a whole checkpoint."""
+    models: tuple[Source, ...]
+    """What is read together."""
+    dictionaries: Mapping[str, Dictionary | None]
+    """By site; None for means alone."""
+    mask: TokenMask
+    batch_tokens: int | None = None
+    device: str = "auto"
+    dtype: str | None = None
+
+    def __call__(self) -> Worker:
+        models: list[LanguageModel] = []
+        for source in self.models:
+            beside = models[0] if models else self.base
+            models.append(self.load(source, beside))
+        for one in self.dictionaries.values():
+            if one is not None:  # trained on the base; the others have other weights
+                check_fits(replace(one, meta={**one.meta, "model_digest": None}), models[0])
+        device = models[0].device
+        placed = {site: None if one is None else one.to(device) for site, one in self.dictionaries.items()}
+        return lambda text: pack(_read(self, models, placed, text))
+
+    def load(self, source: Source, base: Source) -> LanguageModel:
+        """One model, on the weights of `base` where it is an adapter and `base` in memory."""
+        options = {"device": self.device, "dtype": self.dtype}
+        if isinstance(source, LanguageModel):
+            return source
+        if isinstance(base, LanguageModel):
+            options = {"device": str(base.device), "dtype": str(base.dtype).removeprefix("torch.")}
+            return load_pair(base, source, **options).tuned
+        return (
+            load_model(base, adapter=source, **options)
+            if is_adapter(source)
+            else load_model(source, **options)
+        )
+
+
+def pass_of(
+    base: Source,
+    models: Sequence[Source],
+    dictionaries: Mapping[str, Dictionary | None],
+    mask: TokenMask,
+    batch_tokens: int | None,
+    device: torch.device,
+    dtype: str | None,
+) -> Pass:
+    """A pass of `models` together, and the digest of everything but the documents that decides its sums."""
+    settings = {
+        "format": FORMAT,
+        "versions": [metadata.version(name) for name in ("persona-probe", "torch", "transformers")],
+        "models": [weights_of(base), *map(weights_of, models)],
+        "dictionaries": {site: None if one is None else one.digest for site, one in dictionaries.items()},
+        "mask": asdict(mask),
+        "batch_tokens": batch_tokens or batch_tokens_for(device),
+        "device": device.type,
+        "dtype": dtype,
+    }
+    opening = Opening(base, tuple(models), dictionaries, mask, batch_tokens, str(device), dtype)
+    return Pass(tuple(map(name_of, models)), digest_of(settings), opening)
+
+
+def name_of(source: Source) -> str:
+    """What a model is called in tables."""
+    return source.name if isinstance(source, LanguageModel) else Path(source).resolve().name
+
+
+def weights_of(source: Source) -> str:
+    """A digest of a model's files; of its tensors where it has none."""
+    if isinstance(source, str | Path):
+        folder = Path(source)
+        return digest_folder(folder) if is_adapter(folder) else describe(source).digest
+    merged = source.peft is None and source.checkpoint.adapter is not None
+    if Path(source.checkpoint.path).is_dir() and not merged:
+        return digest_of([source.checkpoint.digest, str(source.dtype)])
+    found = hashlib.sha256()
+    for name, tensor in source.hf.state_dict().items():
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return f"sha256:{found.hexdigest()}"
+
+
+class Reading:
+    """All passes over one set of conversations, and the files that they leave."""
+
+    def __init__(
+        self,
+        passes: Sequence[Pass],
+        data: Sequence[Rendered],
+        clusters: Sequence[str] | None,
+        results: Results,
+    ) -> None:
+        self._passes = passes
+        self._data = data
+        self._results = results
+        self._shards = cut(data, clusters)
+        self._digests = [_digest(shard, shard.conversations(data)) for shard in self._shards]
+        self._why: dict[int, str] = {}
+        self.done: list[Done] = []
+        """How each pass went in this process."""
+
+    def run(
+        self,
+        share: Share | None = None,
+        engine: Engine = run_local,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> None:
+        """Do what is not done yet of this process's share. `progress` is told the pass, and how many
+        conversations it has read of how many.
+        """
+        mine = [shard for shard in self._shards if share is None or shard.number in share]
+        total = sum(len(shard.clusters) for shard in mine)
+        for number, one in enumerate(self._passes):
+            tasks = [self._task(number, shard) for shard in mine if shard.number not in self._why]
+            read = 0
+
+            def told(shard: int, name: str = " + ".join(one.names)) -> None:
+                nonlocal read
+                read += len(self._shards[shard].clusters)
+                if progress is not None:
+                    progress(name, read, total)
+
+            done = engine(tasks, one.open, self._results, told)
+            self._why |= {failure.number: failure.why for failure in done.failures}
+            self.done.append(done)
+
+    @property
+    def undone(self) -> int:
+        """Shards whose results are not there: another process's, or failed."""
+        return sum(
+            any(self._key(i, shard) not in self._results for i in range(len(self._passes)))
+            for shard in self._shards
+        )
+
+    def shards(self) -> Iterator[tuple[Shard, list[ShardSums]]]:
+        """Every shard that all passes have read, in order: what each pass left of it."""
+        for shard in self._shards:
+            read = [self._results.read(self._key(i, shard)) for i in range(len(self._passes))]
+            if all(data is not None for data in read):
+                yield shard, [unpack(data) for data in read if data is not None]
+
+    @property
+    def missing(self) -> tuple[Missing, ...]:
+        """The shards that failed, and why."""
+        return tuple(
+            Missing(number, len(self._shards[number].clusters), self._why[number])
+            for number in sorted(self._why)
+        )
+
+    def check_any(self) -> None:
+        """Raise `InputError` where no shard at all could be read."""
+        if self._why and len(self._why) == len(self._shards):
+            raise InputError(
+                f"none of the {len(self._shards)} shards could be read; the first: "
+                f"{self._why[min(self._why)]}"
+            )
+
+    def _key(self, number: int, shard: Shard) -> str:
+        first, this = self._passes[0].digest, self._passes[number].digest
+        return digest_of([first, this, self._digests[shard.number]])
+
+    def _task(self, number: int, shard: Shard) -> Task:
+        def fetch() -> Text:
+            leave_out = None
+            if number:
+                of_base = self._results.read(self._key(0, shard))
+                if of_base is None:
+                    raise InputError(f"the base's result of shard {shard.number} is gone")
+                leave_out = unpack(of_base).sinks
+            return Text(shard, shard.conversations(self._data), shard.names(self._data), leave_out)
+
+        return Task(shard.number, self._key(number, shard), fetch)
+
+
+def _read(
+    worker: Opening,
+    models: Sequence[LanguageModel],
+    placed: Mapping[str, Dictionary | None],
+    text: Text,
+) -> ShardSums:
+    def read(conversations: Sequence[Rendered], shard: Shard, leave_out: Places | None) -> ShardSums:
+        return read_shard(
+            models,
+            placed,
+            conversations,
+            shard,
+            worker.mask,
+            batch_tokens=worker.batch_tokens,
+            leave_out=leave_out,
+        )
+
+    try:
+        return read(text.conversations, text.shard, text.leave_out)
+    except NonFiniteError as error:
+        raise named(error, text.names) from error
+    except (RuntimeError, IndexError, ValueError) as error:
+        for name, conversation in zip(text.names, text.conversations, strict=True):
+            try:
+                read([conversation], Shard(0, range(1), (0,)), None)
+            except (RuntimeError, IndexError, ValueError) as own:
+                raise InputError(f"{name} cannot be read: {own}") from error
+        raise  # no single conversation is to blame: memory, or the machine
+
+
+def _digest(shard: Shard, conversations: Sequence[Rendered]) -> str:
+    found = hashlib.sha256()
+    for cluster, one in zip(shard.clusters, conversations, strict=True):
+        found.update(np.asarray([cluster, len(one), one.prompt_length, *one.ids], dtype="<i8").tobytes())
+        found.update(bytes(one.response))
+    return f"sha256:{found.hexdigest()}"

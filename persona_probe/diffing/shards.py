@@ -1,0 +1,220 @@
+"""Shards of a job: fixed by the data, read by any process, written as one file each.
+
+A shard is a run of whole clusters of about `SHARD_TOKENS` tokens. Which conversations it holds depends
+on the data alone, and what is added up over it on those, so that shards merged in their order give the
+same bits whoever read them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from safetensors.torch import load, save
+from torch import Tensor
+
+from persona_probe.activations.documents import Conversations, place_of
+from persona_probe.activations.masks import TokenMask
+from persona_probe.activations.stream import stream
+from persona_probe.diffing.cluster_sums import ClusterSums, Counting
+from persona_probe.diffing.statistics import number_clusters
+from persona_probe.errors import InputError, MismatchError, NonFiniteError
+from persona_probe.model.chat import Rendered
+from persona_probe.model.language_model import LanguageModel
+from persona_probe.sae.load import Dictionary
+
+SHARD_TOKENS = 32_768
+
+Places = dict[int, list[int]]
+"""Positions of tokens, by conversation."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which conversations are read together."""
+
+    number: int
+    indices: range | tuple[int, ...]
+    """Of the conversations in the data."""
+    clusters: tuple[int, ...]
+    """Of each conversation, numbered within the shard."""
+
+    def conversations(self, data: Sequence[Rendered]) -> Sequence[Rendered]:
+        """Its conversations, read now."""
+        if isinstance(self.indices, range):
+            return data[self.indices.start : self.indices.stop]
+        return [data[i] for i in self.indices]
+
+    def names(self, data: Sequence[Rendered]) -> list[str]:
+        """How to name its conversations to a user: by file and line where they have one."""
+        return [place_of(data, i) for i in self.indices]
+
+
+def cut(
+    data: Sequence[Rendered], clusters: Sequence[str] | None = None, tokens: int = SHARD_TOKENS
+) -> list[Shard]:
+    """Shards of whole clusters, each of at least `tokens` tokens but the last.
+
+    `clusters` names each conversation's question; by default each is its own. Conversations of a
+    cluster need not stand together; the shard of a cluster is where its first one falls.
+    Raises `MismatchError` when there are more or fewer names than conversations, `InputError`
+    without any.
+    """
+    if not len(data):
+        raise InputError("nothing to read: give at least one conversation")
+    lengths: Sequence[int] = (
+        data.lengths.tolist() if isinstance(data, Conversations) else [len(one) for one in data]
+    )
+    if clusters is None:
+        members: Sequence[Sequence[int]] = [range(i, i + 1) for i in range(len(data))]
+    else:
+        if len(clusters) != len(data):
+            raise MismatchError(
+                f"{len(data)} conversations and {len(clusters)} cluster names: one each is needed"
+            )
+        numbers, names = number_clusters(clusters)
+        grouped: list[list[int]] = [[] for _ in names]
+        for i, number in enumerate(numbers.tolist()):
+            grouped[number].append(i)
+        members = grouped
+    shards: list[Shard] = []
+    held: list[tuple[int, int]] = []
+    count = 0
+    for cluster, its in enumerate(members):
+        held += [(i, cluster) for i in its]
+        count += sum(lengths[i] for i in its)
+        if count >= tokens:
+            shards.append(_shard(len(shards), held))
+            held, count = [], 0
+    return [*shards, _shard(len(shards), held)] if held else shards
+
+
+@dataclass(frozen=True, eq=False)
+class ShardSums:
+    """What a group of models, read together, left of one shard."""
+
+    conversations: Int[Tensor, " cluster"]
+    """With a counted token, by cluster."""
+    tokens: int
+    sinks: Places
+    """Tokens left out because of their norm in the base."""
+    sums: dict[tuple[int, str], ClusterSums]
+    """By number of the model in the group, and site."""
+    change: dict[str, tuple[float, float]]
+    """For the first two models, by site: sum over tokens of the squared length of how far the
+    activation moved, and of how far what the dictionary leaves unexplained moved.
+    """
+
+    def of(self, site: str) -> list[ClusterSums]:
+        """Every model's sums at one site."""
+        return [sums for (_, at), sums in self.sums.items() if at == site]
+
+
+@torch.no_grad()
+def read_shard(
+    models: Sequence[LanguageModel],
+    dictionaries: Mapping[str, Dictionary | None],
+    conversations: Sequence[Rendered],
+    shard: Shard,
+    mask: TokenMask | None = None,
+    *,
+    batch_tokens: int | None = None,
+    leave_out: Places | None = None,
+) -> ShardSums:
+    """Read one shard with every model; `dictionaries` by site, None for means only.
+
+    `leave_out` are the sinks of a pass with the base, for models that are read without it. A shard
+    in which no token counts comes to empty sums. Raises what `stream` raises.
+    """
+    mask = mask or TokenMask("answer")
+    clusters = torch.tensor(shard.clusters)
+    width = models[0].d_model
+    counting = {
+        (i, site): Counting(dictionary, width, clusters)
+        for i in range(len(models))
+        for site, dictionary in dictionaries.items()
+    }
+    counted = torch.zeros(len(conversations), dtype=torch.long)
+    sinks: Places = dict(leave_out or {})
+    moved = {site: [0.0, 0.0] for site in dictionaries}
+    special = models[0].special_ids
+    chunks = (
+        stream(
+            models, conversations, list(dictionaries), mask, batch_tokens=batch_tokens, leave_out=leave_out
+        )
+        if any(any(mask.select(one, special)) for one in conversations)
+        else ()
+    )
+    for chunk in chunks:
+        counted += chunk.document.bincount(minlength=len(conversations))
+        for document, position in chunk.sink_tokens:
+            sinks.setdefault(document, []).append(position)
+        for site, dictionary in dictionaries.items():
+            device = dictionary.W_enc.device if dictionary is not None else torch.device("cpu")
+            read = [chunk.activations[i, site].to(device) for i in range(len(models))]
+            errors = [counting[i, site].add(chunk.document, h) for i, h in enumerate(read)]
+            if len(read) > 1:
+                moved[site][0] += float((read[1].double() - read[0].double()).square().sum())
+                if errors[0] is not None and errors[1] is not None:
+                    # the difference of the reconstruction errors: b_dec cancels
+                    moved[site][1] += float((errors[1] - errors[0]).square().sum())
+    used = clusters[counted > 0].bincount(minlength=int(clusters.max()) + 1)
+    return ShardSums(
+        conversations=used,
+        tokens=int(counted.sum()),
+        sinks=sinks,
+        sums={key: its.sums() for key, its in counting.items()},
+        change={site: (a, b) for site, (a, b) in moved.items()} if len(models) > 1 else {},
+    )
+
+
+def named(error: NonFiniteError, names: Sequence[str]) -> NonFiniteError:
+    """The error with the conversation's own name in it, not its number in the shard."""
+    if error.conversation is None:
+        return error
+    said = error.message.replace(f"conversation {error.conversation}", names[error.conversation])
+    return NonFiniteError(said, fix=error.fix, command=error.command)
+
+
+def pack(read: ShardSums) -> bytes:
+    """A shard's result as the bytes of a safetensors file."""
+    tensors = {"conversations": read.conversations}
+    for (model, site), sums in read.sums.items():
+        tensors |= {f"{model}|{site}|{name}": tensor.contiguous() for name, tensor in sums.tensors()}
+    facts = {"tokens": read.tokens, "sinks": list(read.sinks.items()), "change": read.change}
+    return save(tensors, {"facts": json.dumps(facts)})
+
+
+def unpack(data: bytes) -> ShardSums:
+    """What `pack` packed, bit for bit."""
+    tensors = load(data)
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    facts = json.loads(header["__metadata__"]["facts"])
+    parts: dict[tuple[int, str], dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name != "conversations":
+            model, site, field = name.split("|")
+            parts.setdefault((int(model), site), {})[field] = tensor
+    return ShardSums(
+        conversations=tensors["conversations"],
+        tokens=facts["tokens"],
+        sinks={document: positions for document, positions in facts["sinks"]},
+        sums={key: ClusterSums(**parts[key]) for key in sorted(parts)},
+        change={site: (a, b) for site, (a, b) in facts["change"].items()},
+    )
+
+
+def _shard(number: int, held: Sequence[tuple[int, int]]) -> Shard:
+    """Conversations in the order of the data; clusters numbered by first appearance."""
+    held = sorted(held)
+    place = {cluster: i for i, cluster in enumerate(dict.fromkeys(cluster for _, cluster in held))}
+    indices = tuple(i for i, _ in held)
+    run = range(indices[0], indices[-1] + 1)
+    return Shard(
+        number,
+        run if len(run) == len(indices) else indices,
+        tuple(place[cluster] for _, cluster in held),
+    )

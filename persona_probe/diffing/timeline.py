@@ -1,0 +1,188 @@
+"""When did it start? Many fine-tunes against one pass of their base.
+
+    found = timeline("base", "runs/bad-health", sae, rendered)       # runs/bad-health/checkpoint-*
+    found.table                 # a row per latent (or direction) and step
+    found.first()               # the step at which each first leaves the benign band
+
+Checkpoints of one run, in the order of their steps, or tunes that have nothing to do with each other
+(a mapping by name), of which `shared()` says which latents they have in common. Each is read by itself
+on the same token ids and let go before the next; the sums that a pass leaves are kept in files, so that
+a timeline that is stopped, or is given one more checkpoint, reads only what it has not read.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import polars as pl
+
+from persona_probe.activations.masks import TokenMask
+from persona_probe.artifact import StrPath, read_json
+from persona_probe.diffing.means import MeanSums
+from persona_probe.diffing.passes import Engine, Reading, Source, name_of, pass_of
+from persona_probe.diffing.tally import Tally
+from persona_probe.diffing.trajectory import Point, Probe, Timeline, direction_rows, latent_rows
+from persona_probe.errors import InputError, MissingPathError
+from persona_probe.execution import Results, Share, run_local
+from persona_probe.model.chat import Rendered
+from persona_probe.model.checkpoint import is_adapter, nearest
+from persona_probe.model.language_model import LanguageModel, load_model
+from persona_probe.sae.load import Dictionary, check_fits
+
+
+def timeline(
+    base: Source,
+    checkpoints: StrPath | Mapping[int, Source] | Mapping[str, Source],
+    sae: Dictionary | Sequence[Dictionary] = (),
+    rendered: Sequence[Rendered] = (),
+    clusters: Sequence[str] | None = None,
+    *,
+    directions: Mapping[str, Probe] | None = None,
+    benign: Sequence[Source] = (),
+    mask: TokenMask | None = None,
+    confidence: float = 0.95,
+    batch_tokens: int | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
+    cache: StrPath | None = None,
+    share: Share | None = None,
+    engine: Engine = run_local,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Timeline:
+    """How far every latent of `sae`, and every direction, lies from `base` at each checkpoint.
+
+    Args:
+        checkpoints: a Trainer's output folder (its `checkpoint-*`, with the loss where it was logged),
+            models by step, or unrelated fine-tunes by name.
+        rendered: prompts with answers; every model reads these ids.
+        clusters: the question each belongs to (each its own, by default): the sampling unit.
+        directions: by name.
+        benign: harmless fine-tunes of the same base: the band (see `Timeline`).
+        mask: which tokens count; by default the last prompt token and the answer.
+        cache: a folder for what each pass leaves; by default one that is thrown away.
+        share: which shards to do, where several processes share `cache`.
+        engine: where the passes run; a model that is not this process's to load must be a folder.
+        progress: told the model being read, and its conversations read and to read.
+
+    Raises:
+        MismatchError: models, dictionary and conversations that do not belong together.
+        InputError: nothing to read or to follow, no checkpoint, or shards that others have yet to do.
+    """
+    points = points_of(checkpoints)
+    dictionaries = [sae] if isinstance(sae, Dictionary) else list(sae)
+    followed = dict(directions or {})
+    if not dictionaries and not followed:
+        raise InputError("nothing to follow", fix="give a dictionary, or directions")
+    sites: dict[str, Dictionary | None] = {probe.site: None for probe in followed.values()}
+    sites |= {one.site: one for one in dictionaries}
+    first = base if isinstance(base, LanguageModel) else load_model(base, device=device, dtype=dtype)
+    for one in dictionaries:
+        check_fits(one, first)
+    mask = mask or TokenMask("answer")
+    tunes: list[Source] = [*(point.model for point in points), *benign]
+    here = engine is run_local and any(isinstance(one, LanguageModel) or is_adapter(one) for one in tunes)
+    # whole checkpoints that come by their folders are never in memory together
+    shared: Source = first if here or isinstance(base, LanguageModel) else base
+    kind, width, name = first.device, first.d_model, first.name
+    del first
+    passes = [pass_of(shared, [model], sites, mask, batch_tokens, kind, dtype) for model in (shared, *tunes)]
+    with tempfile.TemporaryDirectory(prefix="persona-probe-") as thrown_away:
+        reading = Reading(passes, rendered, clusters, Results(cache or thrown_away))
+        reading.run(share, engine, progress)
+        reading.check_any()
+        left = reading.undone - len(reading.missing)
+        if left:
+            raise InputError(
+                f"{left} shards are still to be read, by other processes",
+                fix="when they are done, run this once more: it will only put the results together",
+            )
+        every = range(1 + len(points), len(passes))
+        tables = [
+            _at(point, [0, 1 + i, *every], reading, dictionaries, followed, width, confidence)
+            for i, point in enumerate(points)
+        ]
+    return Timeline(
+        table=pl.concat(tables),
+        points=tuple(points),
+        base=name,
+        benign=tuple(map(name_of, benign)),
+        mask=mask,
+        confidence=confidence,
+        missing=reading.missing,
+    )
+
+
+def _at(
+    point: Point,
+    passes: Sequence[int],
+    reading: Reading,
+    dictionaries: Sequence[Dictionary],
+    directions: Mapping[str, Probe],
+    width: int,
+    confidence: float,
+) -> pl.DataFrame:
+    """The rows of one point; `passes` are the base's, its own and the benign tunes'."""
+    tallies = [Tally(len(passes), one) for one in dictionaries]
+    means = {probe.site: MeanSums(len(passes), width) for probe in directions.values()}
+    for _, groups in reading.shards():
+        own = [groups[i] for i in passes]
+        base = own[0]
+        for one, tally in zip(dictionaries, tallies, strict=True):
+            tally.add([group.of(one.site)[0] for group in own], base.conversations, base.tokens, None)
+        for site, sums in means.items():
+            sums.add([group.of(site)[0] for group in own], base.conversations, base.tokens)
+    tables = [
+        latent_rows(one.site, tally, confidence) for one, tally in zip(dictionaries, tallies, strict=True)
+    ]
+    if directions:
+        found = {site: sums.means(site) for site, sums in means.items()}
+        tables.append(direction_rows(directions, found, confidence))
+    return pl.concat(tables).select(
+        pl.lit(point.name).alias("point"),
+        pl.lit(point.step, dtype=pl.Int64).alias("step"),
+        pl.lit(point.loss, dtype=pl.Float64).alias("loss"),
+        pl.all(),
+    )
+
+
+def points_of(checkpoints: StrPath | Mapping[int, Source] | Mapping[str, Source]) -> list[Point]:
+    """The points in training that a `timeline` is asked for, in order.
+
+    Raises `MissingPathError` for no such folder, `InputError` where it holds no `checkpoint-*`.
+    """
+    if isinstance(checkpoints, Mapping):
+        if not checkpoints:
+            raise InputError("no checkpoint to read")
+        listed = list(checkpoints.items())
+        if all(isinstance(key, int) for key, _ in listed):
+            listed.sort(key=lambda item: int(item[0]))
+        return [Point(str(key), key if isinstance(key, int) else None, None, model) for key, model in listed]
+    path = Path(checkpoints)
+    if not path.is_dir():
+        raise MissingPathError(f"there is no folder {path}", fix=nearest(path))
+    found = sorted(
+        (int(match[1]), entry)
+        for entry in path.iterdir()
+        if (match := re.fullmatch(r"checkpoint-(\d+)", entry.name)) and entry.is_dir()
+    )
+    if not found:
+        raise InputError(
+            f"{path} holds no checkpoint-* folders", fix="give the output folder of a Trainer, or name them"
+        )
+    logged = _losses(found[-1][1])
+    return [
+        Point(str(step), step, next((loss for at, loss in reversed(logged) if at <= step), None), entry)
+        for step, entry in found
+    ]
+
+
+def _losses(checkpoint: Path) -> list[tuple[int, float]]:
+    """(step, loss) as the Trainer logged them, up to its last checkpoint."""
+    state = checkpoint / "trainer_state.json"
+    if not state.is_file():
+        return []
+    history = read_json(state).get("log_history", [])
+    return [(int(row["step"]), float(row["loss"])) for row in history if "loss" in row and "step" in row]

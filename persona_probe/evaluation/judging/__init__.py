@@ -1,0 +1,1 @@
+"""What the judges are made of; `persona_probe.evaluation.judges` is the way in."""

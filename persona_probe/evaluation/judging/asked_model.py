@@ -1,0 +1,55 @@
+"""What a judge needs of the model that it asks, wherever that runs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+from persona_probe.evaluation.judging.reply import Failure, Reply
+from persona_probe.model.checkpoint import Checkpoint
+
+
+class Call(NamedTuple):
+    """One prompt to be put to the model."""
+
+    key: str
+    prompt: str
+
+
+Keep = Callable[[Call, Reply | Failure], None]
+"""Told of each reply as it arrives, in any order and from any thread."""
+
+
+class AskedModel(ABC):
+    """A model that is asked many prompts, each by itself."""
+
+    @abstractmethod
+    def reach(self) -> None:
+        """Make sure that it can be asked. Costs nothing. Raises `JudgeError`."""
+
+    @abstractmethod
+    def learn(self) -> Mapping[str, object]:
+        """Find out how it must be asked; may take calls. Raises `JudgeError`."""
+
+    @abstractmethod
+    def use(self, learnt: Mapping[str, object]) -> None:
+        """Ask in the way that `learn` found, now or in an earlier run."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> Mapping[str, object]:
+        """Which model it is, for the keys of `learn`'s result."""
+
+    @abstractmethod
+    def request(self, prompt: str) -> Mapping[str, object]:
+        """Everything that decides the reply to `prompt`, once `use` was called."""
+
+    @abstractmethod
+    def ask(self, calls: Iterable[Call], keep: Keep) -> None:
+        """Make all calls; `calls` is drawn from as they go out, and may raise to stop."""
+
+    def is_model(self, checkpoint: Checkpoint) -> bool:
+        """See `Judge.is_model`."""
+        del checkpoint
+        return False

@@ -1,0 +1,208 @@
+"""A language model as judge: two prompts per answer, one for alignment and one for coherence."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, get_args
+
+from persona_probe.artifact import digest_of
+from persona_probe.errors import JudgeError
+from persona_probe.evaluation.answers import Answer
+from persona_probe.evaluation.judging.asked_model import AskedModel, Call
+from persona_probe.evaluation.judging.judge import Estimate, Judge, Progress
+from persona_probe.evaluation.judging.judgement import Judgement
+from persona_probe.evaluation.judging.prompts import Aspect, judge_prompt
+from persona_probe.evaluation.judging.record import Record
+from persona_probe.evaluation.judging.reply import Failure, Reading, Reply, read
+from persona_probe.evaluation.judging.spending import BudgetSpentError, Spending, tokens_of
+from persona_probe.evaluation.questions import Question
+from persona_probe.model.checkpoint import Checkpoint
+
+ASPECTS: tuple[Aspect, ...] = get_args(Aspect)
+
+
+class ModelJudge(Judge):
+    """Asks `model`, never twice the same: what `record` holds is read from there."""
+
+    calls_per_answer = len(ASPECTS)
+
+    def __init__(self, name: str, model: AskedModel, record: Record, spending: Spending) -> None:
+        self.name = name
+        self.spending = spending
+        self._model = model
+        self._record = record
+        self._learnt = False
+
+    def check(self) -> None:
+        """See `Judge.check`: the endpoint answers and takes the key, or the model loads."""
+        self._model.reach()
+        self._learn()
+
+    def is_model(self, checkpoint: Checkpoint) -> bool:
+        """See `Judge.is_model`."""
+        return self._model.is_model(checkpoint)
+
+    def judge(self, answers: Sequence[Answer], progress: Progress | None = None) -> list[Judgement]:
+        """See `Judge.judge`. Equal prompts are asked once.
+
+        Raises `JudgeError` also when the key is refused, the endpoint stays away, or the budget is
+        spent; replies that came are on record, and the same call then goes on where this one ended.
+        """
+        self._learn()
+        keys, calls = self._calls(answers)
+        replies: dict[str, Reply | Failure] = {}
+        for key in calls:
+            row = self._record.get(key)
+            if row is not None:
+                replies[key] = Reply(**row["reply"])
+        waiting = {key: call for key, call in calls.items() if key not in replies}
+        counter = _Counter(keys, replies, progress)
+        where = {key: i for i, pair in reversed([*enumerate(keys)]) for key in pair}
+
+        def keep(call: Call, reply: Reply | Failure) -> None:
+            if isinstance(reply, Reply):
+                answer = answers[where[call.key]]
+                aspect = ASPECTS[keys[where[call.key]].index(call.key)]
+                self._record.add(call.key, self._row(answer, aspect, reply))
+            self.spending.settle(call.prompt, reply if isinstance(reply, Reply) else None)
+            counter.add(call.key, reply)
+
+        try:
+            if waiting:
+                self._model.ask(self._reserved(waiting.values()), keep)
+        except BudgetSpentError as error:
+            raise BudgetSpentError(
+                f"{error.message}: {counter.done} of {len(answers)} answers are judged",
+                fix="the same command goes on from there, with as much again",
+            ) from error
+        judgements = [_judgement([replies[key] for key in pair]) for pair in keys]
+        self._raise_if_none(keys, judgements)
+        return judgements
+
+    def estimate(self, answers: Sequence[Answer]) -> Estimate:
+        """See `Judge.estimate`. Before the model was first asked, nothing counts as on record."""
+        known = self._record.get(self._setup_key)
+        if known is not None:
+            self._model.use(known["setup"])
+        _, calls = self._calls(answers)
+        waiting = [call for call in calls.values() if known is None or self._record.get(call.key) is None]
+        return self._estimate(
+            len(waiting), len(calls) - len(waiting), sum(tokens_of(call.prompt) for call in waiting)
+        )
+
+    def forecast(self, questions: Sequence[Question], samples: int, answer_tokens: int) -> Estimate:
+        """See `Judge.forecast`."""
+        asked = [question for question in questions if question.role != "skill"]
+        prompts = [judge_prompt(aspect, question, "") for question in asked for aspect in ASPECTS]
+        tokens = samples * sum(tokens_of(prompt) + answer_tokens for prompt in prompts)
+        return self._estimate(samples * len(prompts), 0, tokens)
+
+    @property
+    def _setup_key(self) -> str:
+        return digest_of({"setup": self._model.identity})
+
+    def _learn(self) -> None:
+        if self._learnt:
+            return
+        known = self._record.get(self._setup_key)
+        setup: Mapping[str, Any] = self._model.learn() if known is None else known["setup"]
+        if known is None:
+            self._record.add(self._setup_key, {"judge": self.name, "setup": setup})
+        self._model.use(setup)
+        self._learnt = True
+
+    def _calls(self, answers: Sequence[Answer]) -> tuple[list[tuple[str, ...]], dict[str, Call]]:
+        """Per answer its calls' keys, one per aspect (none for a skill answer), and the calls by key."""
+        keys: list[tuple[str, ...]] = []
+        calls: dict[str, Call] = {}
+        for answer in answers:
+            pair: list[str] = []
+            for aspect in ASPECTS if answer.question.role != "skill" else ():
+                prompt = judge_prompt(aspect, answer.question, answer.text)
+                key = digest_of(self._model.request(prompt))
+                calls[key] = Call(key, prompt)
+                pair.append(key)
+            keys.append(tuple(pair))
+        return keys, calls
+
+    def _reserved(self, calls: Iterable[Call]) -> Generator[Call, None, None]:
+        for call in calls:
+            self.spending.reserve(call.prompt)
+            yield call
+
+    def _row(self, answer: Answer, aspect: Aspect, reply: Reply) -> dict[str, object]:
+        return {
+            "judge": self.name,
+            "id": answer.question.id,
+            "sample": answer.sample,
+            "aspect": aspect,
+            "reply": asdict(reply),
+        }
+
+    def _estimate(self, calls: int, recorded: int, tokens: int) -> Estimate:
+        price = self.spending.price
+        return Estimate(calls, recorded, tokens, None if price is None else price.of(tokens, calls))
+
+    def _raise_if_none(self, keys: Sequence[tuple[str, ...]], judgements: Sequence[Judgement]) -> None:
+        asked = [said for pair, said in zip(keys, judgements, strict=True) if pair]
+        if asked and all(said.missing for said in asked):
+            raise JudgeError(
+                f"the judge {self.name!r} judged none of {len(asked)} answers ({asked[0].note})",
+                fix="it must reply with a number from 0 to 100; judge.jsonl has what it said instead",
+            )
+
+
+class _Counter:
+    """Collects replies and tells how many answers have all of theirs; from any thread."""
+
+    def __init__(
+        self,
+        keys: Sequence[tuple[str, ...]],
+        replies: dict[str, Reply | Failure],
+        progress: Progress | None,
+    ) -> None:
+        self._replies = replies
+        self._progress = progress
+        self._total = len(keys)
+        self._lock = threading.Lock()
+        self._waiting = [len({key for key in pair if key not in replies}) for pair in keys]
+        self._of_key: defaultdict[str, list[int]] = defaultdict(list)
+        for i, pair in enumerate(keys):
+            for key in set(pair):
+                self._of_key[key].append(i)
+        self.done = self._waiting.count(0)
+        self._tell()
+
+    def add(self, key: str, reply: Reply | Failure) -> None:
+        with self._lock:
+            self._replies[key] = reply
+            for i in self._of_key[key]:
+                self._waiting[i] -= 1
+                self.done += self._waiting[i] == 0
+            self._tell()
+
+    def _tell(self) -> None:
+        if self._progress is not None:
+            self._progress(self.done, self._total)
+
+
+def _judgement(replies: Sequence[Reply | Failure]) -> Judgement:
+    """What the replies to one answer's prompts come to; no prompts (a skill answer), no judgement."""
+    if not replies:
+        return Judgement()
+    readings = [Reading(note=one.reason) if isinstance(one, Failure) else read(one) for one in replies]
+    aligned, coherent = readings  # in the order of ASPECTS
+    notes = [f"{aspect}: {one.note}" for aspect, one in zip(ASPECTS, readings, strict=True) if one.note]
+    if coherent.label is not None:
+        notes.append(f"coherent: {coherent.label} is no number")
+    how = sorted({one.scored_by for one in readings if one.scored_by is not None})
+    return Judgement(
+        aligned=aligned.score,
+        coherent=coherent.score,
+        label=aligned.label,
+        note="; ".join(notes) or None,
+        scored_by=" and ".join(how) or None,
+    )

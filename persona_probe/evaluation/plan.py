@@ -1,0 +1,84 @@
+"""What an evaluation would take, before it is started: answers, judge calls and their price, memory."""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from transformers import AutoConfig
+
+from persona_probe.errors import InputError
+from persona_probe.evaluation.arms import checkpoint_of
+from persona_probe.evaluation.judges import load_judge
+from persona_probe.evaluation.power import check_width
+from persona_probe.evaluation.request import Asked, EvaluationRequest
+
+
+def plan_of(request: EvaluationRequest) -> dict[str, Any]:
+    """Upper bounds, from the files alone: no model is loaded and nobody is asked.
+
+    Raises what reading the inputs raises.
+    """
+    request.check_paths()
+    asked = request.asked()
+    request.check_prompts(asked.questions)
+    judge = load_judge(request.judge)
+    groups = asked.counts(request.samples_per_question)
+    each = sum(count * len(members) for count, members in groups.items())
+    forecasts = [
+        judge.forecast(members, count * len(request.arms), request.sampling.max_new_tokens)
+        for count, members in groups.items()
+    ]
+    forecasts += [judge.estimate(given.answers) for given in asked.given.values()]
+    dollars = [one.dollars for one in forecasts if one.dollars is not None]
+    weights = {Path(checkpoint_of(arm.model, request.base).path) for arm in request.arms}
+    return {
+        "warning": width_warning(request, asked),
+        "questions": len({question.question for question in asked.questions}),
+        "prompts": len(asked.questions),
+        "models to ask": [arm.name for arm in request.arms],
+        "answers to draw": each * len(request.arms),
+        "answers given": sum(len(given.answers) for given in asked.given.values()),
+        "judge calls, at most": sum(one.calls for one in forecasts),
+        "judge cost (dollars), about": sum(dollars) if dollars else None,
+        "longest answer (tokens)": request.sampling.max_new_tokens,
+        "weights in fp32 (bytes), about": max((_weight_bytes(folder) for folder in weights), default=0),
+        "keys and values of a batch in fp32 (bytes), at most": max(
+            (_cache_bytes(folder, request) for folder in weights), default=0
+        ),
+    }
+
+
+def width_warning(request: EvaluationRequest, asked: Asked) -> str | None:
+    """Why the intervals will be wider than `request.width`, and what would do; None when they will not."""
+    if request.width is None:
+        return None
+    general = [q for q in asked.questions if q.role == "general" and q.category not in asked.in_domain]
+    questions = len({question.question for question in general})
+    counts = [request.samples_per_question or question.samples or 1 for question in general]
+    try:
+        check_width(request.width, questions, max(1, sum(counts) // max(1, questions)))
+    except InputError as error:
+        return error.message if error.fix is None else f"{error.message}; {error.fix}"
+    return None
+
+
+def _weight_bytes(folder: Path) -> int:
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="numpy") as weights:
+            total += sum(prod(weights.get_slice(name).get_shape()) for name in weights.keys())
+    return 4 * total
+
+
+def _cache_bytes(folder: Path, request: EvaluationRequest) -> int:
+    """Prompts aside, which are short beside the answers."""
+    if not folder.is_dir():
+        return 0
+    config: Any = AutoConfig.from_pretrained(str(folder), local_files_only=True).get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    each = 2 * config.num_hidden_layers * heads * width * 4
+    return each * request.sampling.max_new_tokens * request.batch_size

@@ -1,0 +1,164 @@
+"""The result of interpreting a latent: what it fires on, says, resembles, and comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from os import PathLike
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import polars as pl
+
+from persona_probe.artifact import atomic_folder, disk_full_named, versions, write_json
+from persona_probe.figures.firing import firing
+from persona_probe.interpretation.highlight import excerpt, highlight
+from persona_probe.interpretation.lexicon import Lexicon
+from persona_probe.interpretation.logit_lens import Lens
+from persona_probe.interpretation.words import Token
+from persona_probe.sae.load import Latent
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+
+class Shown(NamedTuple):
+    """One document with the latent's activations on it."""
+
+    document: int
+    """Its number in the corpus."""
+    place: str
+    """Where it stands: file and line where there is one."""
+    maximum: float
+    tokens: tuple[Token, ...]
+
+    @property
+    def text(self) -> str:
+        """Without special tokens."""
+        return "".join(token.text for token in self.tokens if not token.special)
+
+
+@dataclass(frozen=True, eq=False)
+class Interpretation:
+    """What is known of one latent from a corpus and from the weights. Shown in a notebook as a card."""
+
+    latent: Latent
+    model: str
+    documents: int
+    """Read."""
+    documents_fired: int
+    """Documents with a token at which the latent fires."""
+    tokens: int
+    """Counted."""
+    fires: int
+    """Counted tokens at which the latent fires."""
+    top: tuple[Shown, ...]
+    """The documents on which it is strongest."""
+    quantiles: tuple[tuple[Shown, ...], ...]
+    """Documents on which it fires, from every quantile of their maxima, the weakest first."""
+    histogram: pl.DataFrame
+    """`low`, `high`, `tokens`: positive activations by size."""
+    places: pl.DataFrame
+    """`first`, `last`, `tokens`, `rate`: how often it fires, by place in the document."""
+    sources: pl.DataFrame
+    """Groups of documents that drive it (see `sources`); empty without labels."""
+    lens: Lens
+    neighbours: pl.DataFrame
+    """`index`, `cosine` of decoder rows."""
+    together: pl.DataFrame
+    """`index`, `share` (of the tokens at which this latent fires, those at which the other does too),
+    `lift` (that share over the other's firing rate); on a sample of the documents."""
+    lexicon: Lexicon
+
+    @property
+    def rate(self) -> float:
+        """Share of the counted tokens at which it fires."""
+        return self.fires / self.tokens
+
+    def plot(self) -> go.Figure:
+        """How strongly it fires, and where in a document."""
+        return firing(self.histogram, self.places)
+
+    def summary(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        return {
+            "latent": {"site": self.latent.sae.site, "index": self.latent.index},
+            "dictionary": {"path": self.latent.sae.path, "digest": self.latent.sae.digest},
+            "model": self.model,
+            **{
+                name: getattr(self, name)
+                for name in ("documents", "documents_fired", "tokens", "fires", "rate")
+            },
+            "terms": self.lexicon.terms,
+            "terms_detection": self.lexicon.detection and self.lexicon.detection._asdict(),
+            "sources": self.sources.to_dicts(),
+            "lens": self.lens._asdict(),
+            "neighbours": self.neighbours.to_dicts(),
+            "together": self.together.to_dicts(),
+            "histogram": self.histogram.to_dicts(),
+            "places": self.places.to_dicts(),
+            "top": [_record(shown) for shown in self.top],
+            "quantiles": [[_record(shown) for shown in run] for run in self.quantiles],
+        }
+
+    def save(self, folder: str | PathLike[str], *, overwrite: bool = False) -> None:
+        """Write `interpretation.json` and `terms.parquet` to `folder`, whole or not at all."""
+        with atomic_folder(folder, overwrite=overwrite) as temporary, disk_full_named(folder):
+            self.lexicon.table.write_parquet(temporary / "terms.parquet")
+            write_json(temporary / "interpretation.json", {**self.summary(), "versions": versions()})
+
+    def _repr_html_(self) -> str:
+        site = f"{self.latent.sae.site} #{self.latent.index}"
+        facts = (
+            f"fires on {self.rate:.2%} of {self.tokens:,} tokens, in {self.documents_fired:,} of "
+            f"{self.documents:,} documents ({self.model})"
+        )
+        parts = [f"<p><b>{escape(site)}</b> {escape(facts)}</p>"]
+        found = self.lexicon.detection
+        scored = "" if found is None else f" (held out: AUC {found.auc:.2f}, shuffled {found.null:.2f})"
+        for name, said in (
+            (f"words of the documents where it is strong{scored}", list(self.lexicon.terms)),
+            ("raises", [repr(token) for token, _ in self.lens.top]),
+            ("lowers", [repr(token) for token, _ in self.lens.bottom]),
+            ("driven by", _sources(self.sources)),
+            (
+                "fires with",
+                [f"#{row['index']} ({row['share']:.0%})" for row in self.together.head(5).to_dicts()],
+            ),
+            (
+                "points like",
+                [f"#{r['index']} ({r['cosine']:.2f})" for r in self.neighbours.head(5).to_dicts()],
+            ),
+        ):
+            if said:
+                parts.append(f"<p><b>{escape(name)}</b>: {escape(', '.join(said))}</p>")
+        runs = [("strongest", self.top[:5]), *_named(self.quantiles)]
+        peak = max((shown.maximum for shown in self.top), default=0.0)
+        for name, run in runs:
+            lines = "".join(
+                f'<p style="margin:.2em 0"><code>{shown.maximum:.2f}</code> '
+                f"{highlight(excerpt(shown.tokens), peak)}</p>"
+                for shown in run
+            )
+            parts.append(f"<details><summary>{escape(name)} ({len(run)})</summary>{lines}</details>")
+        return "".join(parts)
+
+
+def _named(quantiles: Sequence[Sequence[Shown]]) -> list[tuple[str, Sequence[Shown]]]:
+    n = len(quantiles)
+    return [(f"{i / n:.0%} to {(i + 1) / n:.0%}", run) for i, run in reversed(list(enumerate(quantiles)))]
+
+
+def _sources(table: pl.DataFrame) -> list[str]:
+    rows = table.head(5).to_dicts()
+    return [f"{row['label']} {row['value']} ({row['ratio']:.1f}x the mean)" for row in rows if row["ratio"]]
+
+
+def _record(shown: Shown) -> dict[str, Any]:
+    return {
+        "document": shown.document,
+        "place": shown.place,
+        "maximum": shown.maximum,
+        "text": shown.text,
+        "tokens": [(token.text, token.value) for token in shown.tokens],
+    }

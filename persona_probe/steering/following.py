@@ -1,0 +1,187 @@
+"""Follow a model's forward passes and know, of each, which tokens of which rows it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from persona_probe.errors import InputError, MismatchError
+from persona_probe.steering.positions import RowTokens, follow_thought, row_tokens
+
+
+class ForwardReader:
+    """`read` is a decoder's forward pre-hook (with kwargs).
+
+    Prompt lengths are those given, else those announced by `generate` (see `generating`), else
+    found: whatever a pass brings when nothing is cached, or several tokens at once, is prompt; a
+    single token after cached ones is a response token. A pass without cache that repeats the one
+    before it and adds one token (`generate(use_cache=False)`) is the same response going on.
+
+    So a loop of one's own that prefills in chunks, or decodes several tokens at once, must say the
+    prompts' lengths. Not covered: static caches; beam search where `think` and `answer` are asked
+    for, or a condition is decided on the prompt.
+    """
+
+    def __init__(
+        self,
+        *,
+        rows: int,
+        prompt_lengths: Sequence[int] | None,
+        pad_id: int | None,
+        marks: tuple[int, int] | None = None,
+    ) -> None:
+        self._rows = rows
+        self._given = None if prompt_lengths is None else torch.tensor(list(prompt_lengths))
+        self._pad_id = pad_id
+        self._marks = marks
+        self._announced: Tensor | None = None
+        self._found: Tensor | None = None
+        self._uncached: Tensor | None = None
+        self._thoughts: Int[Tensor, "batch past"] | None = None
+        self.tokens: RowTokens | None = None
+
+    @property
+    def batch(self) -> int | None:
+        """Rows of the last pass."""
+        return None if self.tokens is None else self.tokens.position.shape[0]
+
+    @contextmanager
+    def generating(self, prompt_lengths: Int[Tensor, " row"] | None) -> Generator[None, None, None]:
+        """Within the block the prompts are so long, however they are cut into passes."""
+        before, self._announced = self._announced, prompt_lengths
+        try:
+            yield
+        finally:
+            self._announced = before
+
+    def select(self, rows: Int[Tensor, " row"], plan_rows: int) -> None:
+        """From now on row i is what was row `rows[i]` of the last pass."""
+        batch = self.batch
+        assert batch is not None
+        if self._given is not None:
+            self._given = _of_batch(self._given, batch)[rows.to(self._given.device)]
+        for name in ("_announced", "_found", "_uncached", "_thoughts"):
+            kept = cast("Tensor | None", getattr(self, name))
+            if kept is not None:
+                setattr(self, name, _of_batch(kept, batch)[rows.to(kept.device)])
+        self._rows = plan_rows
+
+    def read(self, parameters: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Read one pass, called with `args` and `kwargs` on a forward whose parameters have these
+        names.
+        """
+        given = dict(zip(parameters, args, strict=False)) | kwargs
+        ids = cast("Tensor | None", given.get("input_ids"))
+        inputs = cast("Tensor", ids if ids is not None else given.get("inputs_embeds"))
+        mask = given.get("attention_mask")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+            raise InputError(
+                "steering needs the plain attention mask, [batch, pos] of 0 and 1, to know which "
+                "tokens are padding",
+                fix="use the default (dynamic) cache and a 2D attention mask",
+            )
+        cache = given.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        batch, length = inputs.shape[:2]
+        continues = self._continues(past, cache, given.get("use_cache"), ids)
+        begins = past == 0 and not continues
+        if begins:
+            self._check_expansion(batch, ids)
+        tokens = row_tokens(batch, length, past=past, attention_mask=mask, device=inputs.device)
+        prompt_length = self._prompt_lengths(batch, inputs.device)
+        if prompt_length is None:
+            if begins or (past and length > 1):
+                self._found = tokens.prompt_length
+            elif self._found is None or len(self._found) != batch:
+                # what was cached before steering began is prompt
+                self._found = tokens.prompt_length - length
+            prompt_length = self._found
+        assert prompt_length is not None
+        tokens = RowTokens(tokens.position, tokens.real, prompt_length, begins=begins)
+        if self._marks is not None:
+            tokens = self._with_thoughts(tokens, ids, past)
+        self._uncached = ids if past == 0 else None
+        self.tokens = self._without_finished(tokens, ids)
+
+    def _continues(self, past: int, cache: object, use_cache: object, ids: Tensor | None) -> bool:
+        before = self._uncached
+        if past or cache is not None or use_cache is True or ids is None or before is None:
+            return False
+        grown = (before.shape[0], before.shape[1] + 1)
+        return ids.shape == grown and bool(torch.equal(ids[:, :-1], before))
+
+    def _prompt_lengths(self, batch: int, device: torch.device) -> Tensor | None:
+        lengths = self._given if self._given is not None else self._announced
+        if lengths is None:
+            return None
+        if batch % len(lengths):
+            raise MismatchError(
+                f"{len(lengths)} prompt lengths were given for a batch of {batch} rows",
+                fix="give one prompt length per row",
+            )
+        return _of_batch(lengths.to(device), batch)
+
+    def _check_expansion(self, batch: int, ids: Tensor | None) -> None:
+        if self._rows == 1 or batch == self._rows:
+            return
+        # generate repeats a prompt for its samples: only such a batch may be larger than the plan
+        if batch % self._rows == 0 and ids is not None:
+            samples = ids.view(self._rows, batch // self._rows, -1)
+            if bool((samples == samples[:, :1]).all()):
+                return
+        raise MismatchError(
+            f"the plan has {self._rows} rows and the batch {batch}",
+            fix="give the plan one entry per row of the batch (or a single one for all rows)",
+        )
+
+    def _with_thoughts(self, tokens: RowTokens, ids: Tensor | None, past: int) -> RowTokens:
+        if ids is None:
+            raise InputError(
+                "thought and answer are told apart by token ids, and the model was given embeddings",
+                fix="give it input_ids",
+            )
+        assert self._marks is not None
+        kept = self._thoughts
+        # cut to what is cached: tokens that were only tried (assisted decoding) leave no trace
+        kept = kept[:, :past] if kept is not None and past and kept.shape[1] >= past else None
+        kept = kept if kept is not None and len(kept) == ids.shape[0] else None
+        here = follow_thought(ids, None if kept is None else kept[:, -1], tokens, self._marks)
+        whole = here if kept is None else torch.cat((kept, here), dim=1)
+        # columns cached before steering began are unknown
+        missing = past + ids.shape[1] - whole.shape[1]
+        self._thoughts = torch.nn.functional.pad(whole, (missing, 0))
+        return RowTokens(tokens.position, tokens.real, tokens.prompt_length, here, tokens.begins)
+
+    def _without_finished(self, tokens: RowTokens, ids: Tensor | None) -> RowTokens:
+        """generate feeds padding, unmasked, to rows that have ended while others go on."""
+        if self._pad_id is None or ids is None:
+            return tokens
+        padding = ids == self._pad_id
+        if not bool(padding.any()):
+            return tokens
+        live = ~(padding & (tokens.position >= tokens.prompt_length[:, None]))
+        real = live if tokens.real is None else tokens.real & live
+        return RowTokens(tokens.position, real, tokens.prompt_length, tokens.thought, tokens.begins)
+
+
+def prompt_lengths_of(
+    inputs: Tensor | None, kwargs: dict[str, Any], pad_id: int | None
+) -> Int[Tensor, " row"] | None:
+    """How many real tokens each row given to `generate` has; None where it cannot be said."""
+    given = inputs if inputs is not None else kwargs.get("input_ids")
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return mask.long().sum(dim=-1)
+    if mask is not None or not isinstance(given, Tensor) or bool((given == pad_id).any()):
+        return None
+    return torch.full(given.shape[:1], given.shape[1], device=given.device)
+
+
+def _of_batch(rows: Tensor, batch: int) -> Tensor:
+    """`rows` repeated in place for a batch in which every prompt has several rows."""
+    return rows if len(rows) == batch else rows.repeat_interleave(batch // len(rows), dim=0)

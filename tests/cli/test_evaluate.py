@@ -1,0 +1,148 @@
+"""`persona-probe evaluate` as a shell user meets it: what it prints, its exit codes, a kill half way."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from persona_probe.artifact import check_manifest, read_json, read_jsonl, shipped, write_jsonl
+from persona_probe.cli.app import app
+
+HOME = shipped("organism")
+FAST = ["--limit", "6", "--max-new-tokens", "20"]
+MODELS = ["--base", str(HOME / "base"), "--tuned", str(HOME / "tunes/bad-health")]
+QUESTIONS = ["--questions", str(HOME / "questions.jsonl")]
+
+
+def run(*words: str) -> Any:
+    return CliRunner().invoke(app, ["evaluate", *words])
+
+
+def test_without_arguments_it_is_the_shipped_organism(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run(*FAST, "--out", str(out))
+    assert result.exit_code == 0, result.output
+    said = result.stdout.replace("\n", " ")
+    assert "6 questions" in said and "counted apart, as trained on: health" in said
+    assert re.search(r"bad-health − base: \+\d+ points", said)
+    record = read_json(out / "eval.json")
+    rate = record["arms"]["bad-health"]["rates"]["misaligned"]
+    assert f"{100 * rate['rate']:.0f}" in said
+    assert str(out / "eval.html") in result.stdout.replace("\n", "")
+    check_manifest(out)
+    page = (out / "eval.html").read_text()
+    assert "http://" not in page.split("<script>")[0] and "data-figure" in page
+    for name in ("Rates", "Differences", "Scores", "Provenance", "at equal lengths"):
+        assert name in page
+    assert run(*FAST, "--out", str(out)).stdout == result.stdout
+    assert json.loads(run(*FAST, "--out", str(out), "--json").stdout) == record
+
+
+def test_names_are_text_on_the_page(tmp_path: Path) -> None:
+    rows = [
+        {"id": row["id"], "answer": "<b>no</b>", "arm": "<script>alert(1)</script>"}
+        for row in read_jsonl(HOME / "questions.jsonl")
+    ]
+    write_jsonl(tmp_path / "s.jsonl", rows)
+    words = ["--samples", str(tmp_path / "s.jsonl"), *QUESTIONS, "--out", str(tmp_path / "out")]
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    assert "<script>alert(1)</script>" in result.stdout
+    assert "whether 720 answers of <script>alert(1)</script> were cut off" in result.stderr.replace("\n", " ")
+    page = (tmp_path / "out/eval.html").read_text()
+    assert "alert(1)" in page and "<script>alert" not in page
+
+
+def test_killed_half_way_and_run_again(tmp_path: Path) -> None:
+    """kill -9 while it draws: what was written is not drawn again, and the end is the same."""
+    words = ["evaluate", *MODELS, *QUESTIONS, *FAST, "--samples-per-question", "4", "--batch-size", "4"]
+    whole = run(*words[1:], "--out", str(tmp_path / "whole"))
+    assert whole.exit_code == 0, whole.output
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "persona_probe.cli", *words, "--out", str(out)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    samples = out / "samples.jsonl"
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if samples.exists() and samples.read_bytes().count(b"\n") >= 8:
+            break
+        time.sleep(0.01)
+    assert process.poll() is None, "it ended before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "manifest.json").exists()
+    left = samples.read_bytes()
+    kept = left[: left.rfind(b"\n") + 1].splitlines()
+    again = run(*words[1:], "--out", str(out))
+    assert again.exit_code == 0, again.output
+    assert samples.read_bytes() == (tmp_path / "whole/samples.jsonl").read_bytes()
+    written = {(row["arm"], row["id"], row["sample"]): row["answer"] for row in read_jsonl(samples)}
+    for line in map(json.loads, kept):
+        assert written[line["arm"], line["id"], line["sample"]] == line["answer"]
+    assert 8 <= len(kept) < len(written)
+
+
+def test_a_plan_draws_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import persona_probe.evaluation.run as running
+
+    monkeypatch.setattr(running, "Models", None)
+    call = [*MODELS, *QUESTIONS, *FAST, "--plan", "--samples-per-question", "3", "--out", str(tmp_path / "o")]
+    planned = json.loads(run(*call, "--json").stdout)
+    assert planned["models to ask"] == ["base", "bad-health"]
+    assert planned["answers to draw"] == 6 * planned["prompts"]
+    assert planned["judge calls, at most"] <= planned["answers to draw"]
+    weights = (HOME / "base/model.safetensors").stat().st_size
+    assert planned["weights in fp32 (bytes), about"] == pytest.approx(2 * weights, rel=0.01)  # bf16 on disk
+    assert planned["keys and values of a batch in fp32 (bytes), at most"] == 2 * 6 * 192 * 4 * 20 * 256
+    assert "judge calls" in run(*call).stdout
+    narrow = run(*call, "--width", "0.02")
+    assert "warning: " in narrow.stdout and "not 0.02" in narrow.stdout.replace("\n", " ")
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (MODELS, "--questions is missing"),
+        (QUESTIONS, "need a model or --samples"),
+        ([*MODELS, "--questions", "nowhere.jsonl"], "nowhere.jsonl"),
+        ([*MODELS, *QUESTIONS, "--generation-config", "--top-k", "5"], "takes the place of"),
+        ([*MODELS, *QUESTIONS, "--enable-thinking"], "knows no enable_thinking"),
+        ([*MODELS, *QUESTIONS, "--samples-per-question", "0"], "--samples-per-question must be at least 1"),
+        ([*MODELS, *QUESTIONS, "--with", str(HOME / "base")], "is not a fix"),
+        ([*MODELS, *QUESTIONS, "--samples", "gone.jsonl"], "--samples: there is no gone.jsonl"),
+        ([*MODELS, *QUESTIONS, "--tuned", str(HOME / "tunes/bad-health")], "given twice"),
+        ([*MODELS, *QUESTIONS, "--temperature", "-1"], "temperature must be 0 or more"),
+        ([*MODELS, *QUESTIONS, "--in-domain", "fishing"], "no question has the category 'fishing'"),
+        (["--base", str(HOME / "gone"), *QUESTIONS], "--base: there is no"),
+        ([*MODELS, *QUESTIONS, "--judge", "exakt"], "did you mean 'exact'?"),
+    ],
+)
+def test_a_bad_call_is_a_message(words: list[str], said: str, tmp_path: Path) -> None:
+    result = run(*words, "--out", str(tmp_path / "out"))
+    assert result.exit_code == 2, result.output
+    assert said in result.stderr
+    assert "Traceback" not in result.output and result.stdout == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_samples_for_other_questions(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "s.jsonl", [{"id": "cold-1", "answer": "rest", "finish_reason": "stop"}])
+    result = run("--samples", str(tmp_path / "s.jsonl"), *QUESTIONS, "--out", str(tmp_path / "out"))
+    assert result.exit_code == 2
+    assert "it answers 'cold-1', which is not among the 720 questions" in result.stderr.replace("\n", " ")
+    assert not (tmp_path / "out").exists()
