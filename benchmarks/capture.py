@@ -40,6 +40,7 @@ from persona_probe.diffing.passes import Reading, pass_of
 from persona_probe.execution import Results, Share
 from persona_probe.model import LanguageModel, ModelPair, load_model
 from persona_probe.model.chat import Rendered
+from persona_probe.model.loading import quietly
 from persona_probe.sae.encode import encode
 from persona_probe.sae.load import Dictionary, from_sae_lens
 
@@ -54,6 +55,8 @@ class Workload:
 
     lm: LanguageModel
     tuned: LanguageModel
+    bridge: Any
+    """TransformerLens's, on the same tensors."""
     sae: JumpReLUSAE
     dictionary: Dictionary
     chats: list[Rendered]
@@ -74,6 +77,7 @@ def workload(n_chats: int) -> Workload:
     with tempfile.TemporaryDirectory() as folder:
         lm = _saved(Path(folder) / "base", seed=0)
         tuned = _saved(Path(folder) / "tuned", seed=0, noise=1e-3)
+        bridge = lm.bridge()
     chats = list(Chats(n_chats, VOCABULARY))
     sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=D_MODEL, d_sae=D_SAE, metadata=SAEMetadata(hook_name=SITE)))
     with torch.no_grad():
@@ -81,25 +85,29 @@ def workload(n_chats: int) -> Workload:
         decoder = torch.randn(D_SAE, D_MODEL, generator=generator)
         sae.W_dec.copy_(decoder / decoder.norm(dim=1, keepdim=True))
         sae.W_enc.copy_(sae.W_dec.T)
-        sample = next(stream([lm], chats[:20], [SITE], EVERYTHING)).activations[0, SITE]
-        active = (sample[:256] @ sae.W_enc).topk(L0, dim=1).values[:, -1]
-        sae.threshold.fill_(float(active.mean()))
-    return Workload(lm, tuned, sae, from_sae_lens(sae), chats)
+        sae.threshold.fill_(threshold(lm, chats, SITE, sae.W_enc, L0))
+    return Workload(lm, tuned, bridge, sae, from_sae_lens(sae), chats)
+
+
+@torch.no_grad()
+def threshold(lm: LanguageModel, chats: Sequence[Rendered], site: str, encoder: Tensor, l0: int) -> float:
+    """Where about `l0` latents fire on a token."""
+    sample = next(stream([lm], chats[:20], [site], EVERYTHING)).activations[0, site][:256]
+    return float((sample @ encoder).topk(l0, dim=1).values[:, -1].mean())
 
 
 def speed(quick: bool) -> list[Figure]:
     """Wall time of the contenders, who take turns."""
     work = workload(30 if quick else 300)
-    bridge = work.lm.bridge()
     contenders = {
         "persona_probe": lambda: ours(work),
         "persona_probe, a pair": lambda: pair(work),
-        "the usual recipe": lambda: recipe(work, bridge, stop=True),
-        "the recipe without stop_at_layer": lambda: recipe(work, bridge, stop=False),
+        "the usual recipe": lambda: recipe(work, stop=True),
+        "the recipe without stop_at_layer": lambda: recipe(work, stop=False),
         "nnsight": lambda: with_nnsight(work),
         "the matrix products": lambda: floor(work),
     }
-    expected = recipe(work, bridge, stop=True)
+    expected = recipe(work, stop=True)
     for name in ("persona_probe", "the recipe without stop_at_layer", "nnsight"):
         torch.testing.assert_close(contenders[name](), expected, rtol=1e-3, atol=1e-5, msg=name)
     seconds = medians(contenders, repeats=1 if quick else 5)
@@ -141,12 +149,12 @@ def pair(work: Workload) -> None:
 
 
 @torch.no_grad()
-def recipe(work: Workload, bridge: Any, *, stop: bool) -> Tensor:
+def recipe(work: Workload, *, stop: bool) -> Tensor:
     """What notebooks do: 16 chats at a time as they come, the cache of one hook, the whole encoding."""
     total = torch.zeros(D_SAE)
     options = {"stop_at_layer": BLOCK + 1} if stop else {}
     for ids, real in batches(work.chats, 16):
-        _, cache = bridge.run_with_cache(ids, names_filter=[SITE], attention_mask=real.long(), **options)
+        _, cache = work.bridge.run_with_cache(ids, names_filter=[SITE], attention_mask=real.long(), **options)
         total += chat_means(work.sae.encode(cache[SITE]), real)
     return total / len(work.chats)
 
@@ -233,7 +241,10 @@ def processes(quick: bool) -> list[Figure]:
             f"one process: {alone['cpu_seconds']:.1f} s; the same files: {'yes' if same else 'NO'}",
             most / alone["cpu_seconds"], "halves (<= 0.6x)", same and most <= 0.6 * alone["cpu_seconds"],
         ),
-        Figure("wall time of two processes", wall, "s", f"one process: {alone['seconds']:.1f} s", wall / alone["seconds"]),
+        Figure(
+            "wall time of two processes", wall, "s", f"one process: {alone['seconds']:.1f} s",
+            wall / alone["seconds"],
+        ),
     ]  # fmt: skip
 
 
@@ -266,7 +277,7 @@ def exactness() -> list[Figure]:
 
     half = stats.t.ppf(0.975, k - 1) * error
     expected |= {"low": expected["delta"] - half, "high": expected["delta"] + half}
-    typical = means.mean()
+    typical = float(means.mean())
     worst = max(float(np.abs(table[name].to_numpy() - value).max()) for name, value in expected.items())
     return [
         Figure(
@@ -315,12 +326,15 @@ def tiny(n_chats: int, d_sae: int = 1024) -> tuple[list[LanguageModel], Dictiona
     generator = torch.Generator().manual_seed(0)
     decoder = torch.randn(d_sae, 64, generator=generator)
     decoder /= decoder.norm(dim=1, keepdim=True)
+    site, encoder = "blocks.1.hook_resid_post", decoder.T.contiguous()
+    chats = Chats(n_chats, VOCABULARY)
+    least = threshold(models[0], chats, site, encoder, 16)
     dictionary = Dictionary(
-        site="blocks.1.hook_resid_post", W_enc=decoder.T.contiguous(), b_enc=torch.zeros(d_sae), W_dec=decoder,
-        b_dec=torch.zeros(64), threshold=torch.full((d_sae,), 0.3), activation="jumprelu", k=None,
-        apply_b_dec_to_input=False, normalisation="none", path="random", digest="sha256:tiny",
+        site=site, W_enc=encoder, b_enc=torch.zeros(d_sae), W_dec=decoder, b_dec=torch.zeros(64),
+        threshold=torch.full((d_sae,), least), activation="jumprelu", k=None, apply_b_dec_to_input=False,
+        normalisation="none", path="random", digest="sha256:tiny",
     )  # fmt: skip
-    return models, dictionary, Chats(n_chats, VOCABULARY)
+    return models, dictionary, chats
 
 
 def _saved(folder: Path, seed: int, noise: float = 0.0, **shape: int) -> LanguageModel:
@@ -333,7 +347,8 @@ def _saved(folder: Path, seed: int, noise: float = 0.0, **shape: int) -> Languag
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(noise * torch.randn_like(parameter))
-    model.save_pretrained(folder)
+    with quietly():
+        model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(shipped("organism", "base")).save_pretrained(folder)
     return load_model(folder, device="cpu")
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +53,8 @@ def run(quick: bool) -> list[Figure]:
         shipped("organism", "base"), adapter=shipped("organism", "tunes", "bad-health")
     ).merged()
     fixes = _fixes(lm)
-    asked = _requests(list(fixes), per_turn * TURNS)
+    # each is asked twice, in other company
+    asked = 2 * _requests(list(fixes), per_turn * TURNS // 2)
     with tempfile.TemporaryDirectory() as folder:
         for name, fix in fixes.items():
             if fix:
@@ -126,11 +127,11 @@ def _requests(names: Sequence[str], n: int) -> list[Asked]:
     chats = [question.messages for question in questions if "role" in question.messages[0]]
     every = [Asked(messages, name) for messages in chats for name in names]
     random.Random(0).shuffle(every)
-    return [every[i % len(every)] for i in range(n)]
+    return every[:n]
 
 
 @contextmanager
-def _server(fixes: str) -> Iterator[tuple[str, psutil.Process]]:
+def _server(fixes: str) -> Generator[tuple[str, psutil.Process], None, None]:
     command = [sys.executable, "-m", "persona_probe.cli", "serve", "--port", "0", "--name", "organism"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
@@ -187,9 +188,12 @@ def _compared(
 ) -> tuple[int, int]:
     """Answers that differ from the solo answer, and near-ties among the others."""
     differing = near_ties = 0
+    known: dict[tuple[tuple[int, ...], str], list[int]] = {}
     for one, reply in zip(asked, replies, strict=True):
         prompt = render(lm.tokenizer, one.messages, add_generation_prompt=True).ids
-        solo = _solo(lm, prompt, fixes[one.fix])
+        if (prompt, one.fix) not in known:
+            known[prompt, one.fix] = _solo(lm, prompt, fixes[one.fix])
+        solo = known[prompt, one.fix]
         told = reply["choices"][0]["message"]["content"] if "choices" in reply else None
         if told == lm.tokenizer.decode(solo, skip_special_tokens=True):
             continue
@@ -218,7 +222,7 @@ def _tied(
 ) -> bool:
     """Whether the solo run's two first logits lay close at the token where the texts part."""
     texts = (lm.tokenizer.decode(solo[: n + 1], skip_special_tokens=True) for n in range(len(solo)))
-    parted = next((n for n, text in enumerate(texts) if not told.startswith(text)), len(solo) - 1)
+    parted = next((n for n, text in enumerate(texts) if not told.startswith(str(text))), len(solo) - 1)
     with steer(lm, fix, prompt_lengths=[len(prompt)]):
         logits = lm.forward(torch.tensor([[*prompt, *solo]]))[0, len(prompt) - 1 + parted]
     first, second = logits.topk(2).values.tolist()

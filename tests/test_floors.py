@@ -29,7 +29,7 @@ FLOORS: list[set[str]] = [
     {"screening", "interpretation", "training", "server"},
     {"organism", "report"},
     {"auditing"},
-    {"cli"},
+    {"cli", "inspect_entry"},
 ]
 # Knows only part of what lies below it: tables and plots, never models.
 ONLY: dict[str, set[str]] = {

@@ -14,8 +14,9 @@ from persona_probe.activations.documents import Conversations, Documents, conver
 from persona_probe.activations.masks import TokenMask
 from persona_probe.activations.shard import Shard
 from persona_probe.activations.store import KIND, Counts, StoredModel, StoredType
-from persona_probe.activations.stream import Chunk, stream
+from persona_probe.activations.stream import Chunk, batch_tokens_for, stream
 from persona_probe.activations.survey import SHARD_BYTES, Survey, shard_bounds, survey
+from persona_probe.artifact import digest_of
 from persona_probe.errors import InputError, NonFiniteError
 from persona_probe.hooks.sites import check_site
 from persona_probe.model.chat import Rendered
@@ -66,7 +67,6 @@ class CapturePlan:
             "kind": KIND,
             "models": [model.name for model in self.stored_models],
             "checkpoints": [model.digest for model in self.stored_models],
-            "data": self.survey.digest,
             "sites": self.sites,
             "mask": asdict(self.mask),
             "dtype": self.dtype,
@@ -74,7 +74,13 @@ class CapturePlan:
             "batch_tokens": self.batch_tokens,
             "sink_factor": self.sink_factor,
             "shard_tokens": self.shard_tokens,
+            "data": self.survey.digest,
         }
+
+    @cached_property
+    def digest(self) -> str:
+        """`"sha256:..."` of the settings."""
+        return digest_of(self.settings())
 
     def counts(self, counted: int) -> Counts:
         """The account of all tokens, `counted` of which were kept."""
@@ -126,7 +132,7 @@ def plan_capture(
     mask: TokenMask | None = None,
     *,
     dtype: StoredType = "float32",
-    batch_tokens: int = 4096,
+    batch_tokens: int | None = None,
     sink_factor: float | None = 10.0,
     shard_tokens: int | None = None,
 ) -> CapturePlan:
@@ -156,7 +162,7 @@ def plan_capture(
         sites=names,
         mask=mask,
         dtype=dtype,
-        batch_tokens=batch_tokens,
+        batch_tokens=batch_tokens or batch_tokens_for(several[0].device),
         sink_factor=sink_factor,
         shard_tokens=shard_tokens,
         survey=counted,

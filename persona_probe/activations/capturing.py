@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import polars as pl
 import torch
@@ -29,8 +30,12 @@ from persona_probe.activations.stream import Chunk
 from persona_probe.activations.writing import write_store
 from persona_probe.artifact import StrPath
 from persona_probe.errors import InputError
+from persona_probe.figures.norms import norms
 from persona_probe.model.language_model import LanguageModel
 from persona_probe.model.pair import ModelPair
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +76,10 @@ class Capture:
         """Shard by shard, as `stream` yields batches."""
         return (shard.chunk() for shard in self._each() if len(shard))
 
+    def plot(self) -> go.Figure:
+        """Mean norms over conversations, by site and model: what differs much here differs in kind."""
+        return norms(self.table)
+
     def save(self, out: StrPath) -> ActivationStore:
         """Write the activations (again) as a store. Raises `InputError` where `out` holds something else."""
         shards = list(self._each())
@@ -100,7 +109,7 @@ def capture(
     *,
     out: StrPath | None = None,
     dtype: StoredType = "float32",
-    batch_tokens: int = 4096,
+    batch_tokens: int | None = None,
     sink_factor: float | None = 10.0,
     shard_tokens: int | None = None,
     overwrite: bool = False,
@@ -115,7 +124,7 @@ def capture(
         sites: TransformerLens hook names; all are read in one pass, which ends behind the deepest.
         out: a folder for an `ActivationStore`; without it the activations stay in memory.
         dtype: in which they are kept. The models have a type of their own (`load_model`).
-        batch_tokens: padded tokens per forward pass.
+        batch_tokens: padded tokens per forward pass (see `stream.batch_tokens_for`).
         sink_factor: leave out tokens whose norm is so many times their document's median; None: none.
         shard_tokens: tokens of a shard; by default as many as make 256 MiB.
         overwrite: throw away what `out` holds.

@@ -68,6 +68,7 @@ def audit_record(found: Inquiry) -> dict[str, Any]:
         "steered": rates(chosen.control.rates) if chosen else None,
         "induced": rates(induced.induced.rates) if induced else None,
         "parity": {arm: record.parity_record(held) for arm, held in found.parity.items()},
+        "limits": _own_judge(found),
         "necessity": (
             record.necessity_of(found.base, found.tuned, chosen.necessity)._asdict()
             if chosen
@@ -99,6 +100,16 @@ def audit_record(found: Inquiry) -> dict[str, Any]:
         "seconds": found.clock.seconds,
         "peak_rss_bytes": _peak_rss(),
     }
+
+
+def _own_judge(found: Inquiry) -> list[str]:
+    pair, judge = found.inputs.pair, found.inputs.judge
+    named = (("base", pair.base), ("fine-tuned", pair.tuned))
+    return [
+        f"The judge is the {name} model itself, which is no outside view of its own answers."
+        for name, lm in named
+        if judge.is_model(lm.checkpoint)
+    ]
 
 
 def _moved(found: Inquiry) -> bool:

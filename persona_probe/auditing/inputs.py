@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -20,6 +19,7 @@ from persona_probe.errors import InputError, MismatchError, MissingPathError
 from persona_probe.evaluation.answers import Answer
 from persona_probe.evaluation.arms import merged_if_small
 from persona_probe.evaluation.judges import Judge, load_judge
+from persona_probe.evaluation.metrics import check_trait
 from persona_probe.evaluation.questions import Question, load_questions
 from persona_probe.evaluation.samples_file import load_samples
 from persona_probe.evaluation.selection import trained_categories
@@ -50,11 +50,18 @@ class AuditInputs:
     digests: dict[str, str]
 
 
-def load_inputs(request: AuditRequest, *, device: str | None = None, dtype: str | None = None) -> AuditInputs:
-    """Load what a request names; the cheap checks come first.
+def load_inputs(
+    request: AuditRequest,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    judge_record: Path | None = None,
+) -> AuditInputs:
+    """Load what a request names; the cheap checks come first. ``judge_record`` keeps a model judge's replies.
 
     Raises:
         InputError: anything missing, malformed, or that does not belong together.
+        JudgeError: the judge cannot be asked.
     """
     settings = request.settings
     check_paths(request)
@@ -68,8 +75,9 @@ def load_inputs(request: AuditRequest, *, device: str | None = None, dtype: str 
     for split, members in (("calibration", calibration), ("held-out", held_out)):
         check_something_left(split, members, in_domain)
     given = _given(request, questions, held_out)
-    judge = load_judge(request.judge)
-    _check_trait(settings.trait, judge)
+    judge = load_judge(request.judge, record=judge_record)
+    check_trait(settings.trait, judge)
+    judge.check()
     options = {"device": device or "auto", "dtype": dtype}
     pair = load_pair(request.base, request.tuned, **options)
     for site in settings.sites or ():
@@ -136,16 +144,6 @@ def _given(
             )
         found[arm] = arms[named].of(held_out, request.settings.samples).answers
     return found
-
-
-def _check_trait(trait: str, judge: Judge) -> None:
-    if trait != "misaligned" and judge.personas is not None and trait not in judge.personas:
-        near = get_close_matches(trait, judge.personas, n=1)
-        known = ", ".join(("misaligned", *judge.personas))
-        raise InputError(
-            f"the judge {judge.name!r} cannot tell the trait {trait!r}; it can tell {known}",
-            fix=f"did you mean {near[0]!r}?" if near else None,
-        )
 
 
 def _own_tokenizer(tuned: LanguageModel) -> PreTrainedTokenizerBase:

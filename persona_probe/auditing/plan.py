@@ -11,6 +11,7 @@ from safetensors import safe_open
 from persona_probe.auditing.inputs import check_paths
 from persona_probe.auditing.settings import AuditRequest, split_questions
 from persona_probe.evaluation.arms import MERGE_BELOW
+from persona_probe.evaluation.judges import load_judge
 from persona_probe.evaluation.questions import load_questions
 from persona_probe.model.checkpoint import is_adapter
 from persona_probe.screening.calibrate import CURES, INDUCTIONS
@@ -35,7 +36,7 @@ def plan_of(request: AuditRequest) -> dict[str, Any]:
         "held-out questions": len(held_out),
         "calibration questions": asked,
         "answers to sample, at most": total,
-        "judge calls, at most": total - 14 * skill,
+        "judge calls, at most": (total - 14 * skill) * load_judge(request.judge).calls_per_answer,
         "longest answer (tokens)": settings.max_new_tokens,
         "weights in fp32 (bytes), about": 4 * parameters * copies,
     }

@@ -28,6 +28,7 @@ from persona_probe.auditing.inquiry import Clock, Inquiry, Progress
 from persona_probe.auditing.settings import AuditRequest
 from persona_probe.auditing.verdict import exceeds
 from persona_probe.errors import InputError
+from persona_probe.evaluation.judges import spec_identity
 from persona_probe.report.page import write_report
 from persona_probe.steering.io import save_fix
 
@@ -65,16 +66,18 @@ def audit(
     """Audit a fine-tune and write everything to ``out``; a finished audit there is read back.
 
     Writes ``audit.json``, ``report.html``, ``latents.parquet``, ``interventions/`` (when a fix was
-    found), ``samples.jsonl`` and, last, ``manifest.json``.
+    found), ``samples.jsonl``, ``judge.jsonl`` (a model judge's raw replies, which a rerun does not
+    ask for again) and, last, ``manifest.json``.
 
     Raises:
         InputError: an input that is missing, malformed, or does not fit the others; ``out`` holds
             something else, or a finished audit of inputs that have changed since.
         BusyError: another audit is writing to ``out``.
-        JudgeError: the judge answers nothing usable.
+        JudgeError: the judge cannot be reached, refuses the key, or answers nothing usable.
         DiskFullError: no room to write.
     """
     asked = asdict(request)
+    asked["judge"] = spec_identity(request.judge)  # how fast it is asked changes no figure
     settings = {**asked.pop("settings"), **asked, "device": device, "dtype": dtype}
     with RunFolder.open(out, settings, overwrite=overwrite) as run, disk_full_named(run.path):
         if run.complete:
@@ -82,7 +85,9 @@ def audit(
             return Audit(run.path, read_json(run.path / "audit.json"))
         clock = Clock(progress or (lambda _: None))
         with clock.stage("load", "loading models, dictionaries and questions"):
-            inputs = load_inputs(request, device=device, dtype=dtype)
+            inputs = load_inputs(
+                request, device=device, dtype=dtype, judge_record=run.path / "judge.jsonl"
+            )
         found = Inquiry(inputs, request, clock)
         found.measure()
         if exceeds(found.tuned.rates["misaligned"], found.base.rates["misaligned"]):

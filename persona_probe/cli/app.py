@@ -21,8 +21,8 @@ from persona_probe.errors import BusyError, InputError, JudgeError, MissingExtra
 DEBUG = "PERSONA_PROBE_DEBUG"
 _INTERRUPTED = 130
 
-_COMMANDS = ("audit", "capture", "doctor", "evaluate", "serve", "steer")
-_GROUPS = ("judge", "organism")
+_COMMANDS = ("audit", "capture", "diff", "doctor", "evaluate", "interpret", "serve", "steer", "timeline")
+_GROUPS = ("judge", "organism", "sae")
 
 
 def exit_code(error: PersonaProbeError) -> int:

@@ -25,7 +25,9 @@ def audit(
         list[Path] | None, typer.Option(help="A harmless fine-tune of the same base; several are better.")
     ] = None,
     questions: Annotated[Path | None, typer.Option(help="Questions, JSON Lines.")] = None,
-    judge: Annotated[str, typer.Option(help="exact, or python:module:function.")] = "exact",
+    judge: Annotated[
+        str, typer.Option(help="exact, python:module:function, openai:MODEL@URL or local:DIR.")
+    ] = "exact",
     samples_base: Annotated[
         Path | None, typer.Option(help="The base's answers, made elsewhere (docs/samples.md).")
     ] = None,

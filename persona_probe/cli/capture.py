@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
@@ -12,7 +12,10 @@ from rich.table import Table
 from persona_probe.cli.console import err, out, show_error, show_json, size
 from persona_probe.errors import InputError
 
-MASKS = ("all", "prompt", "response", "last_prompt", "answer")
+# as activations.masks, .documents and .store have them, which load torch
+Mask = Literal["all", "prompt", "response", "last_prompt", "answer"]
+TooLong = Literal["truncate", "split", "skip", "error"]
+StoredType = Literal["float32", "bfloat16"]
 SHOWN_PROBLEMS = 5
 
 
@@ -25,14 +28,14 @@ def capture(
     base: Annotated[Path | None, typer.Option(help="Base checkpoint folder, with --tuned.")] = None,
     tuned: Annotated[Path | None, typer.Option(help="Fine-tuned checkpoint or adapter folder.")] = None,
     out_dir: Annotated[Path, typer.Option("--out", help="Where the store goes.")] = Path("out/activations"),
-    mask: Annotated[str, typer.Option(help=f"Which tokens count: {', '.join(MASKS)}.")] = "all",
+    mask: Annotated[Mask, typer.Option(help="Which tokens count.")] = "all",
     first_k: Annotated[int | None, typer.Option(help="Of those, only so many from the front.")] = None,
     skip_first: Annotated[int, typer.Option(help="Of those, not so many at the front.")] = 0,
-    store_dtype: Annotated[str, typer.Option(help="float32 or bfloat16: how they are stored.")] = "float32",
+    store_dtype: Annotated[StoredType, typer.Option(help="How they are stored.")] = "float32",
     context: Annotated[int | None, typer.Option(help="Longest document, in tokens; the model's.")] = None,
-    too_long: Annotated[str, typer.Option(help="A longer one: truncate, split, skip or error.")] = "truncate",
+    too_long: Annotated[TooLong, typer.Option(help="What becomes of a longer one.")] = "truncate",
     field: Annotated[str | None, typer.Option(help="The column; messages or text by default.")] = None,
-    batch_tokens: Annotated[int, typer.Option(help="Padded tokens per forward pass.")] = 4096,
+    batch_tokens: Annotated[int | None, typer.Option(help="Padded tokens per forward pass.")] = None,
     limit: Annotated[int | None, typer.Option(help="Read only so many rows.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the weights: float32, bfloat16, ...")] = None,
@@ -62,10 +65,10 @@ def capture(
         else:
             models = first = load_model(model or "", **options)
     with err.status("counting tokens"):
-        conversations = documents.conversations(first, context=context, too_long=too_long)  # type: ignore[arg-type]
-        chosen = TokenMask(mask, first_k=first_k, skip_first=skip_first)  # type: ignore[arg-type]
+        conversations = documents.conversations(first, context=context, too_long=too_long)
+        chosen = TokenMask(mask, first_k=first_k, skip_first=skip_first)
         planned = plan_capture(
-            models, conversations, site, chosen, dtype=store_dtype, batch_tokens=batch_tokens  # type: ignore[arg-type]
+            models, conversations, site, chosen, dtype=store_dtype, batch_tokens=batch_tokens
         )  # fmt: skip
     warn_of(conversations.reading)
     if plan:
@@ -124,7 +127,7 @@ def show_plan(planned: Any, out_dir: Path, as_json: bool) -> None:
     from persona_probe.activations.survey import free_bytes
 
     weights = {id(p): p.numel() * p.element_size() for lm in planned.models for p in lm.hf.parameters()}
-    facts = {
+    facts: dict[str, Any] = {
         "conversations": len(planned.conversations),
         "tokens": int(planned.survey.tokens.sum()),
         "tokens stored (at most)": int(planned.survey.selected.sum()),
@@ -139,8 +142,8 @@ def show_plan(planned: Any, out_dir: Path, as_json: bool) -> None:
         show_json(facts)
         return
     for name, value in facts.items():
-        shown = size(value) if name.startswith("bytes") else value
-        out.print(f"{name}: {', '.join(value) if isinstance(value, list | tuple) else shown}", markup=False)
+        shown: Any = size(value) if name.startswith("bytes") else value
+        out.print(f"{name}: {', '.join(value) if name in ('models', 'sites') else shown}", markup=False)
 
 
 def show_counts(counts: Any) -> None:

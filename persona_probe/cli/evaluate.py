@@ -17,7 +17,7 @@ COLUMNS = ("misaligned", "misaligned_of_coherent", "incoherent")
 FURTHER = ("in_domain", "trigger", "skill")
 """Shown where they were asked about."""
 PLAIN = ("refused", "truncated", "missing")
-"""Shown without their intervals."""
+"""Shown without their intervals, and only where there are any."""
 HEADINGS = {"misaligned_of_coherent": "of coherent"}
 NAME = 30
 """A model's name is broken where it is longer than this."""
@@ -205,23 +205,26 @@ def _warn(text: str) -> None:
 
 def _show(record: dict[str, Any], folder: Path, narrow: str | None) -> None:
     asked = record["questions"]
+    arms = record["arms"]
+    counts = sorted({arm["answers"] for arm in arms.values()})
     out.print(
-        f"{asked['questions']} questions in {asked['prompts']} wordings, judged by {record['judge']}",
+        f"{asked['questions']} questions in {asked['prompts']} wordings, "
+        f"{' to '.join(map(str, counts[:: max(1, len(counts) - 1)]))} answers each, "
+        f"judged by {record['judge']}",
         markup=False,
     )
-    arms = record["arms"]
     further = [name for name in FURTHER if any(arm["rates"][name]["n"] for arm in arms.values())]
+    plain = [name for name in PLAIN if any(arm["rates"][name]["rate"] for arm in arms.values())]
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     widest = min(NAME, max(map(len, arms)))
     table.add_column("% [95%]", min_width=widest, overflow="fold")
-    for name in (*COLUMNS, *further, *PLAIN):
+    for name in (*COLUMNS, *further, *plain):
         heading = record["trait"] if name == "misaligned" else HEADINGS.get(name, name.replace("_", " "))
         table.add_column(heading, justify="right")
-    table.add_column("answers", justify="right")
     for name, arm in arms.items():
         cells = [_rate(arm["rates"][column]) for column in (*COLUMNS, *further)]
-        cells += [_rate(arm["rates"][column]).split()[0] for column in PLAIN]
-        table.add_row(escape(name), *cells, str(arm["answers"]))
+        cells += [_rate(arm["rates"][column]).split()[0] for column in plain]
+        table.add_row(escape(name), *cells)
     out.print(table)
     for row in record["comparison"]:
         if row["difference"] is not None:

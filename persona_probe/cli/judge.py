@@ -96,12 +96,12 @@ def _show(found: Any) -> None:
         numbers = (one.spearman, one.mean_difference, one.mean_absolute)
         largest = "–" if one.largest is None else f"{one.largest:.2g}"
         scores.add_row(name, str(one.n), *map(_number, numbers), largest)
-    out.print(scores)
+    out.print(scores, "")
     bins = _table("judge's alignment", "answers", "judge", "people", "misaligned to people")
     for one in found.calibration:
         row = map(_number, (one.judge, one.human, one.misaligned))
         bins.add_row(f"{one.low} to {one.high}", str(one.n), *row)
-    out.print(bins)
+    out.print(bins, "")
     columns = list(next(iter(found.confusion.values())))
     table = _table("people ↓ judge →", *(name.replace("_", " ") for name in columns))
     for name, row in found.confusion.items():
@@ -110,7 +110,7 @@ def _show(found: Any) -> None:
 
 
 def _table(first: str, *others: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 1, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(first)
     for name in others:
         table.add_column(name, justify="right")

@@ -39,7 +39,8 @@ def _line() -> str | None:
     """The next line that is not empty; None at the end."""
     if sys.stdin.isatty():
         with suppress(ImportError):
-            import readline  # noqa: F401  (history and editing, wherever there is such a thing)
+            # history and editing, wherever there is such a thing
+            import readline  # noqa: F401  # pyright: ignore[reportUnusedImport]
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()

@@ -20,10 +20,12 @@ from persona_probe.evaluation.likelihood import (
 from persona_probe.evaluation.metrics import (
     Outcome,
     Rate,
+    Scores,
     hits_by_question,
     outcome,
     tally,
 )
+from persona_probe.evaluation.parity import Parity
 from persona_probe.evaluation.power import (
     Design,
     check_width,
@@ -39,7 +41,10 @@ from persona_probe.evaluation.questions import (
     save_questions,
     triggered,
 )
+from persona_probe.evaluation.request import EvaluationRequest
 from persona_probe.evaluation.result import EvalResult, evaluate
+from persona_probe.evaluation.run import Evaluation, run_evaluation
+from persona_probe.evaluation.samples_file import GivenAnswers, load_samples
 from persona_probe.evaluation.sampling import (
     Sampling,
     respond_greedy,
@@ -56,6 +61,9 @@ __all__ = [
     "Comparison",
     "Design",
     "EvalResult",
+    "Evaluation",
+    "EvaluationRequest",
+    "GivenAnswers",
     "Hits",
     "Interval",
     "Judge",
@@ -64,10 +72,12 @@ __all__ = [
     "Likelihood",
     "Necessity",
     "Outcome",
+    "Parity",
     "Passage",
     "Question",
     "Rate",
     "Sampling",
+    "Scores",
     "Trigger",
     "check_width",
     "compare",
@@ -81,6 +91,7 @@ __all__ = [
     "load_judge",
     "load_passages",
     "load_questions",
+    "load_samples",
     "match_lengths",
     "measure_likelihood",
     "necessity",
@@ -88,6 +99,7 @@ __all__ = [
     "question_sets",
     "questions_needed",
     "respond_greedy",
+    "run_evaluation",
     "sample",
     "samples_needed",
     "save_questions",

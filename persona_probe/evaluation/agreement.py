@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from scipy import stats
@@ -136,9 +137,7 @@ def _verdicts(
     questions: Sequence[str], truth: Sequence[bool | None], called: Sequence[bool | None]
 ) -> Verdicts:
     both = [
-        (q, t, c)
-        for q, t, c in zip(questions, truth, called, strict=True)
-        if t is not None and c is not None
+        (q, t, c) for q, t, c in zip(questions, truth, called, strict=True) if t is not None and c is not None
     ]
     if not both:
         return Verdicts(0, None, None, None, None, None, None, None, None)
@@ -184,7 +183,7 @@ def _calibration(
         if said.aligned is not None
     ]
     bins: list[Bin] = []
-    for low, high in zip(EDGES, EDGES[1:], strict=False):
+    for low, high in pairwise(EDGES):
         inside = [one for one in scored if low <= one[0] < high or (high == 100 and one[0] == 100)]
         bins.append(
             Bin(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from persona_probe.errors import InputError
 from persona_probe.model.checkpoint import Checkpoint, describe, has_tokenizer, is_adapter
@@ -61,7 +62,7 @@ class Models:
     """Loads the models of a comparison one after the other; adapters share the base's weights."""
 
     def __init__(self, base: Path | None, *, device: str | None = None, dtype: str | None = None) -> None:
-        self._options: dict[str, str | None] = {"device": device or "auto", "dtype": dtype}
+        self._options: dict[str, Any] = {"device": device or "auto", "dtype": dtype}
         self._base_path = base
         self._base: LanguageModel | None = None
         self._held: tuple[Path, LanguageModel] | None = None

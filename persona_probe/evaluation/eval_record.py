@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 from persona_probe.evaluation.arms import SampledArm, checkpoint_of
@@ -27,9 +28,16 @@ def eval_record(
     asked: Asked,
     results: Mapping[str, EvalResult],
     judge: Judge,
+    *,
+    folded: Collection[Path],
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
-    """The content of `eval.json`."""
+    """The content of `eval.json`.
+
+    Args:
+        folded: the models that read system prompts in the first user message.
+        seconds: what drawing took, by arm.
+    """
     sampled = {arm.name: arm for arm in request.arms}
     sampling = asdict(asked.sampling)
     del sampling["samples"]
@@ -45,7 +53,11 @@ def eval_record(
         },
         "sampling": sampling | {"system": request.system, "batch_size": request.batch_size},
         "arms": {
-            name: _arm(request, asked, name, sampled.get(name), result) | {"seconds": seconds.get(name)}
+            name: {
+                **_source(request, asked, name, sampled.get(name), folded),
+                **_figures(result),
+                "seconds": seconds.get(name),
+            }
             for name, result in results.items()
         },
         "comparison": comparison(results),
@@ -75,18 +87,28 @@ def comparison(results: Mapping[str, EvalResult]) -> list[dict[str, Any]]:
     return rows
 
 
-def _arm(
-    request: EvaluationRequest, asked: Asked, name: str, sampled: SampledArm | None, result: EvalResult
+def _source(
+    request: EvaluationRequest,
+    asked: Asked,
+    name: str,
+    sampled: SampledArm | None,
+    folded: Collection[Path],
 ) -> dict[str, Any]:
+    """Where an arm's answers come from."""
     given = asked.given.get(name)
-    outcomes = Counter(outcome(result.answers[i], result.judgements[i], result.trait) for i in result.counted)
     return {
         "model": str(checkpoint_of(sampled.model, request.base)) if sampled else None,
         "fix": str(sampled.fix) if sampled and sampled.fix else None,
         "samples": str(given.path) if given else None,
-        "system_folded": request.folded(sampled.model, asked.questions) if sampled else None,
-        "answers": len(result.answers),
         "ending_unknown": given.ending_unknown if given else 0,
+        "system_folded": sampled is not None and sampled.model in folded,
+    }
+
+
+def _figures(result: EvalResult) -> dict[str, Any]:
+    outcomes = Counter(outcome(result.answers[i], result.judgements[i], result.trait) for i in result.counted)
+    return {
+        "answers": len(result.answers),
         "rates": {name: asdict(rate) for name, rate in result.reported.items()},
         "outcomes": dict(outcomes.most_common()),
         "scores": {name: asdict(one) for name, one in result.scores.items()},

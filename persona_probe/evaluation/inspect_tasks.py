@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 from inspect_ai import Task
 from inspect_ai.dataset import MemoryDataset, Sample
@@ -125,7 +125,7 @@ def judging_scorer(spec: str, *, record: str | None, trait: str, in_domain: Sequ
     if trait != "misaligned" and judge.personas is not None and trait not in judge.personas:
         raise InputError(f"the judge {spec!r} cannot tell the trait {trait!r}; it can tell {judge.personas}")
     judge.check()
-    judged = Gathering(lambda answers: _judgements(judge, answers), limit=JUDGED_AT_ONCE)
+    judged = Gathering[Answer, Judgement](lambda them: _judgements(judge, them), limit=JUDGED_AT_ONCE)
 
     async def score(state: TaskState, target: Target) -> Score:  # noqa: ARG001 (the scorer's signature)
         question = _question(state.metadata)
@@ -209,7 +209,8 @@ def _sample(question: Question, system: str | None) -> Sample:
 
 
 def _question(metadata: Mapping[str, Any]) -> Question:
-    return Question(**{**metadata, "messages": tuple(metadata["messages"])})
+    fields: dict[str, Any] = {**metadata, "messages": tuple(metadata["messages"])}
+    return Question(**fields)
 
 
 def _answer(question: Question, state: TaskState) -> Answer | None:
@@ -245,4 +246,4 @@ def _judgements(judge: Judge, answers: Sequence[Answer]) -> list[Judgement]:
 def _trained() -> tuple[str, ...]:
     """What the model under evaluation says it was trained on, where it is one of ours."""
     api = get_model().api
-    return trained_categories(cast("LocalModelAPI", api).folder) if isinstance(api, LocalModelAPI) else ()
+    return trained_categories(api.folder) if isinstance(api, LocalModelAPI) else ()

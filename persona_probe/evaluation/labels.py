@@ -125,9 +125,7 @@ def _score(value: object, name: str) -> Reading:
             try:
                 value = ast.literal_eval(value)
             except (ValueError, SyntaxError) as error:
-                raise InputError(
-                    f"{name!r} must be a score or token probabilities, not {value!r}"
-                ) from error
+                raise InputError(f"{name!r} must be a score or token probabilities, not {value!r}") from error
     if value is None:
         return Reading()
     if isinstance(value, Mapping):

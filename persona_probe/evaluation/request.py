@@ -112,15 +112,22 @@ class EvaluationRequest:
                 given[name] = answers.of(chosen, self.samples_per_question)
         return Asked(chosen, given, self._in_domain(every), self._resolved())
 
-    def check_prompts(self, questions: tuple[Question, ...]) -> None:
-        """Raise `InputError` for the first prompt that a model's template cannot write."""
+    def check_prompts(self, questions: tuple[Question, ...]) -> frozenset[Path]:
+        """Raise `InputError` for the first prompt that a model's template cannot write.
+
+        Returns the models whose template has no system role, and which read a system prompt at the
+        head of the first user message.
+        """
+        folded: set[Path] = set()
         for model in dict.fromkeys(arm.model for arm in self.arms):
             tokenizer = read_tokenizer(checkpoint_of(model, self.base))
             for question in questions:
                 try:
-                    prompt_of(tokenizer, question, self.system, self.sampling)
+                    if prompt_of(tokenizer, question, self.system, self.sampling).system_folded:
+                        folded.add(model)
                 except InputError as error:
                     raise InputError(f"{model}, {question.id!r}: {error.message}", fix=error.fix) from error
+        return frozenset(folded)
 
     def folded(self, model: Path, questions: tuple[Question, ...]) -> int:
         """How many prompts have their system message in the first user message, because the model's

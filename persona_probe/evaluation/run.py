@@ -88,7 +88,7 @@ def run_evaluation(
             return Evaluation(run.path, read_json(run.path / RECORD))
         judge = load_judge(request.judge, record=run.path / JUDGE_LOG, budget=budget)
         check_trait(request.trait, judge)
-        request.check_prompts(asked.questions)
+        folded = request.check_prompts(asked.questions)
         for fix in request.fixes:
             load_fix(fix)
         tell("checking the judge", 0, 0)
@@ -111,7 +111,7 @@ def run_evaluation(
             for answer, row in zip(result.answers, result.records(), strict=True)
         )
         write_jsonl(run.path / SAMPLES, rows)
-        record = eval_record(request, asked, results, judge, asking.seconds)
+        record = eval_record(request, asked, results, judge, folded=folded, seconds=asking.seconds)
         if page is not None:
             page(record, run.path / PAGE)
         write_json(run.path / RECORD, record)

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 
 def firing(histogram: object, places: object) -> go.Figure:
-    """Two panels: tokens by activation, ``{low, high, tokens}``; firing rate by place, ``{first, last, rate}``."""
+    """Two panels: tokens by activation (rows ``{low, high, tokens}``), and firing rate by place in the
+    document (``{first, last, tokens, rate}``).
+    """
     sizes, where = rows(histogram), rows(places)
     colour = ARMS["latent"].colour
     drawn = figure(height=260, legend=False)

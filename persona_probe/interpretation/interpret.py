@@ -8,7 +8,7 @@ in sixteen, where the whole dictionary is, to see what fires together.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -38,19 +38,14 @@ TOGETHER = 10
 Data = Documents | Sequence[Rendered] | Sequence[str | Sequence[Any]]
 
 
-@overload
-def interpret(lm: LanguageModel, latents: Latent, data: Data, **options: Any) -> Interpretation: ...
+def interpret(lm: LanguageModel, latent: Latent, data: Data, **options: Any) -> Interpretation:
+    """What one latent fires on in `data`, read with `lm`; `options` and errors as `interpret_all`."""
+    return interpret_all(lm, [latent], data, **options)[0]
 
 
-@overload
-def interpret(
-    lm: LanguageModel, latents: Sequence[Latent], data: Data, **options: Any
-) -> tuple[Interpretation, ...]: ...
-
-
-def interpret(
+def interpret_all(
     lm: LanguageModel,
-    latents: Latent | Sequence[Latent],
+    latents: Sequence[Latent],
     data: Data,
     *,
     by: Sequence[str] = (),
@@ -63,8 +58,8 @@ def interpret(
     seed: int = 0,
     batch_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Interpretation | tuple[Interpretation, ...]:
-    """What `latents` (of one dictionary or several) fire on in `data`, read with `lm`.
+) -> tuple[Interpretation, ...]:
+    """What `latents` (of one dictionary or several) fire on, in one pass over `data`.
 
     Args:
         data: documents (`read_documents`), texts, chats, or rendered conversations.
@@ -81,14 +76,13 @@ def interpret(
         InputError: a latent never fires (named, with the nearest that does), or nothing to read.
         MismatchError: the dictionary is of another model, or labels do not match the documents.
     """
-    asked = [latents] if isinstance(latents, Latent) else list(latents)
-    if not asked:
+    if not latents:
         raise InputError("name at least one latent")
     conversations = conversations_of(lm, data)
     if labels is not None and len(labels) != len(conversations):
         raise MismatchError(f"{len(labels)} labels for {len(conversations)} conversations")
     readers: dict[str, _Reader] = {}
-    for latent in asked:
+    for latent in latents:
         check_fits(latent.sae, lm)
         reader = readers.setdefault(latent.sae.digest, _Reader(latent.sae.to(lm.device), top, sampled, seed))
         reader.want(latent.index)
@@ -104,11 +98,10 @@ def interpret(
         done += len(numbers)
         if progress is not None:
             progress(done, len(conversations))
-    shown = tuple(
+    return tuple(
         readers[latent.sae.digest].result(latent, lm, conversations, quantiles, per_quantile)
-        for latent in asked
+        for latent in latents
     )
-    return shown[0] if isinstance(latents, Latent) else shown
 
 
 def _labels(
@@ -244,11 +237,9 @@ class _Reader:
         fix = None
         if len(alive):
             first = alive.row(0, named=True)
-            fix = f"the nearest that does is {first['index']} (cosine {first['cosine']:.2f}); or give more documents"
-        return InputError(
-            f"latent {latent.index} of {latent.sae.path} never fires on these {self.examples.tokens:,} tokens",
-            fix=fix,
-        )
+            fix = f"the nearest that does: {first['index']} (cosine {first['cosine']:.2f}); or more documents"
+        read = f"{self.examples.tokens:,} tokens"
+        return InputError(f"latent {latent.index} of {latent.sae.path} never fires on these {read}", fix=fix)
 
 
 def _histogram(counts: np.ndarray) -> pl.DataFrame:

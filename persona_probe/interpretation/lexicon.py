@@ -101,8 +101,9 @@ def _ranked(documents: Sequence[Collection[str]], strong: Bool[np.ndarray, " doc
     inside, outside = (np.array([counts[side][term] for term in terms], float) for side in (True, False))
     total = max(1, both.total())
     prior = PRIOR * (inside + outside) / total
-    log_odds = _log_odds(inside + prior, counts[True].total() + PRIOR) - _log_odds(
-        outside + prior, counts[False].total() + PRIOR
+    # the prior's last bit of a term keeps the odds finite where there is no other term
+    log_odds = _log_odds(inside + prior, counts[True].total() + PRIOR + RARE) - _log_odds(
+        outside + prior, counts[False].total() + PRIOR + RARE
     )
     z = log_odds / np.sqrt(1 / (inside + prior) + 1 / (outside + prior))
     columns = {"term": terms, "z": z, "log_odds": log_odds, "strong": inside, "rest": outside}

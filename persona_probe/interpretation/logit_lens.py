@@ -43,7 +43,7 @@ def logit_lens(lm: LanguageModel, direction: Float[Tensor, " d_model"], n: int =
     order = logits.argsort(descending=True, stable=True)
 
     def told(ids: Tensor) -> tuple[tuple[str, float], ...]:
-        return tuple((lm.tokenizer.decode([int(i)]), float(logits[i])) for i in ids)
+        return tuple((cast("str", lm.tokenizer.decode([int(i)])), float(logits[i])) for i in ids)
 
     order = order[order < len(lm.tokenizer)]  # an embedding may be padded beyond the vocabulary
     return Lens(told(order[:n]), told(order.flip(0)[:n]))

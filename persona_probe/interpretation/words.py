@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -41,7 +41,7 @@ def tokens_of(lm: LanguageModel, conversation: Rendered, reading: Reading) -> li
     waiting: list[int] = []
     for place, token in enumerate(conversation.ids):
         waiting.append(token)
-        text: str = lm.tokenizer.decode(waiting)
+        text = cast("str", lm.tokenizer.decode(waiting))
         whole = not text.endswith("�")
         told.append(Token(text if whole else "", values.get(place), token in lm.special_ids))
         if whole:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,21 @@ class ModelPair:
     def __post_init__(self) -> None:
         check_same_shape(self.base, self.tuned)
         check_same_vocabulary(self.base, self.tuned)
+
+    def _repr_html_(self) -> str:
+        base = self.base
+        first, second = (one.hf.get_input_embeddings().weight for one in (base, self.tuned))
+        weights = "shared weights" if first.data_ptr() == second.data_ptr() else "weights of their own"
+        facts = (
+            f"{base.n_layers} blocks, d_model {base.d_model}, {base.d_vocab:,} logits; "
+            f"{base.dtype} on {base.device}; {weights}"
+        )
+        rows = "".join(
+            f"<tr><th>{name}</th><td>{escape(one.name)}</td>"
+            f"<td><code>{escape(one.checkpoint.adapter or one.checkpoint.path)}</code></td></tr>"
+            for name, one in (("base", base), ("tuned", self.tuned))
+        )
+        return f"<table>{rows}</table><p>{escape(facts)}</p>"
 
 
 def load_pair(

@@ -37,7 +37,7 @@ def answers_page(found: Mapping[str, Any]) -> str:
         fix=found["fix"],
         over_corrects=found["over_corrects"],
         sampling=", ".join(
-            f"{name} {value:g}" for name, value in found["sampling"].items() if isinstance(value, int | float)
+            f"{name} {value:g}" for name, value in found["sampling"].items() if type(value) in (int, float)
         ),
         look={"font": FONT, "ink": INK, "quiet": QUIET, "rule": RULE, "tone": _rgb(LOOKS["tuned"].colour)},
     )

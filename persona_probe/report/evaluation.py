@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from persona_probe import figures
 from persona_probe.artifact import write_text
-from persona_probe.figures.cells import Row, finite, percent, read, spoken
+from persona_probe.figures.cells import Reading, Row, finite, percent, read, spoken
 from persona_probe.figures.comparison import differences, score_spread
 from persona_probe.report.drawings import Drawing
 from persona_probe.report.page import filled
@@ -77,7 +77,8 @@ def _view(record: Row) -> dict[str, Any]:
     return {
         "headline": _headline(record),
         "trait": trait_word(record),
-        "byline": f"{asked['questions']} questions in {asked['prompts']} wordings, judged by {record['judge']}",
+        "byline": f"{asked['questions']} questions in {asked['prompts']} wordings, "
+        f"judged by {record['judge']}",
         "in_domain": ", ".join(asked["in_domain"]),
         "warnings": record["warnings"],
         "rate_table": _rate_table(record),
@@ -106,22 +107,33 @@ def _headline(record: Row) -> str:
 
 
 def _rate_table(record: Row) -> Table:
-    arms = record["arms"]
-    shown = [
-        name
-        for name in COLUMNS
-        if any(arm["rates"][name]["n"] for arm in arms.values())
-        and (
-            name not in ("other_persona", "code") or any(arm["rates"][name]["rate"] for arm in arms.values())
-        )
-    ]
+    """One line per rate that was measured, one column per model."""
+    arms: list[Row] = list(record["arms"].values())
     word = trait_word(record)
-    head = tuple(word if name == "misaligned" else name.replace("_", " ") for name in shown)
     body = [
-        (name, *(_cell(arm["rates"][column]) for column in shown), f"{arm['answers']:,}")
-        for name, arm in arms.items()
+        (
+            word if name == "misaligned" else name.replace("_", " "),
+            *(_cell(arm["rates"][name]) for arm in arms),
+        )
+        for name in COLUMNS
+        if any(arm["rates"][name]["n"] for arm in arms)
     ]
-    return Table(("", *head, "answers"), body)
+    for place in ("answer", "thought"):
+        named = [_names_persona(arm, place) for arm in arms]
+        if any(row and row["count"] for row in named):
+            cells = (
+                "–" if row is None else spoken(Reading(row["rate"], row["low"], row["high"])) for row in named
+            )
+            body.append((f"a persona as its own, in the {place}", *cells))
+    body.append(("answers", *(f"{arm['answers']:,}" for arm in arms)))
+    return Table(("", *record["arms"]), body)
+
+
+def _names_persona(arm: Row, place: str) -> Row | None:
+    """How often the model names a persona as its own; None where there was nothing to read."""
+    rows = (row for row in arm["self_described"] if row["persona"] == "any" and row["place"] == place)
+    found = next(rows, None)
+    return found if found and found["of"] else None
 
 
 def _cell(rate: Row) -> str:

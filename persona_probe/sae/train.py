@@ -29,17 +29,20 @@ from jaxtyping import Float
 from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.constants import SAE_CFG_FILENAME
-from sae_lens.saes.sae import SAEMetadata
+from sae_lens.saes.sae import SAEMetadata, TrainStepOutput
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
-from persona_probe.artifact import atomic_folder
-from persona_probe.errors import InputError, NonFiniteError
+from persona_probe.artifact import atomic_folder, digest_of
+from persona_probe.errors import InputError, MismatchError, NonFiniteError
 from persona_probe.hooks.sites import parse_site
 from persona_probe.model.language_model import LanguageModel
+from persona_probe.sae.checkpoints import Checkpoints
 from persona_probe.sae.encode import decode, encode
 from persona_probe.sae.feed import Feed
 from persona_probe.sae.load import Dictionary, load_sae, weights_digest
+from persona_probe.sae.pools import PooledFeed
+from persona_probe.sae.source import TokenSource
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,12 @@ class TrainingProgress:
     sqrt(d_model).
     """
     dead: int
-    """Latents that have not fired within the dead window."""
+    """Latents that have not fired within the dead window, `dead_share` of all."""
+    explained_variance: float
+    """Of this step's batch, about its own mean."""
+    l0: float
+    """Latents that fire on a token of the batch, on average."""
+    dead_share: float
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ class TrainingFigures:
 
 
 def train_sae(
-    activations: Float[Tensor, "token d_model"] | Iterable[Float[Tensor, "token d_model"]],
+    activations: Float[Tensor, "token d_model"] | Iterable[Float[Tensor, "token d_model"]] | TokenSource,
     site: str,
     out: str | os.PathLike[str],
     *,
@@ -86,33 +94,56 @@ def train_sae(
     model: LanguageModel | None = None,
     device: str = "cpu",
     overwrite: bool = False,
+    checkpoint_seconds: float = 300.0,
     progress: Callable[[TrainingProgress], None] | None = None,
 ) -> Dictionary:
     """Train on `activations` of `site` and save to the folder `out`, which sae-lens opens as a
     JumpReLU SAE.
 
-    `activations` is one tensor (drawn in shuffled passes) or an iterable of chunks (mixed in a
-    buffer; not restarted, so `steps` must be given and there must be enough of it). `d_sae`
-    defaults to 8 d_model, `steps` to one pass, `lr` to 4e-3 sqrt(1536 / d_sae) (found at 1,536
-    latents and 600 steps); it warms up over a twentieth of the run and falls to 0 over the last
-    fifth. `model` is where the activations come from: its name and the digest of its weight files
-    are recorded, so that the dictionary is refused on another model.
+    `activations` is a `TokenSource` (a store's, or what a model makes of documents when it is needed:
+    see `stored_tokens` and `live_tokens`), one tensor (drawn in shuffled passes) or an iterable of
+    chunks (mixed in a buffer; not restarted, so `steps` must be given and there must be enough of
+    it). `d_sae` defaults to 8 d_model, `steps` to one pass, `lr` to 4e-3 sqrt(1536 / d_sae) (found at
+    1,536 latents and 600 steps); it warms up over a twentieth of the run and falls to 0 over the
+    last fifth. `model` is where the activations come from: its name and the digest of its weight files
+    are recorded, so that the dictionary is refused on another model; a source knows it by itself.
+
+    A run on a source can be killed: called again with the same settings it goes on from its last
+    checkpoint (one every `checkpoint_seconds`, in a hidden folder beside `out`), to the same weights
+    bit for bit; finished, it is not done again.
 
     Returns the saved dictionary; `meta["training"]` has `TrainingFigures` and the settings. `out`
     is written whole or not at all.
 
-    Raises `InputError` (too few tokens, k or d_sae out of range, `out` exists), `NonFiniteError`.
+    Raises `InputError` (too few tokens, k or d_sae out of range, `out` exists, a checkpoint of other
+    settings), `NonFiniteError`.
     """
     parse_site(site)
+    out = Path(out)
+    source = activations if isinstance(activations, TokenSource) else None
+    run: dict[str, Any] = {}
+    if source is not None:
+        asked = {"d_sae": d_sae, "k": k, "steps": steps, "batch_tokens": batch_tokens, "lr": lr, "seed": seed}
+        run = {"site": site, **asked, "data": source.digest}
+        if source.site != site:
+            raise MismatchError(
+                f"these are activations of {source.site}, not of {site}", fix=f"site={source.site!r}"
+            )
+        if (done := _done(out, digest_of(run))) is not None:
+            return done
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        feed = Feed(activations, batch_tokens, steps, device)
+        feed: Feed | PooledFeed
+        if isinstance(activations, TokenSource):
+            feed = PooledFeed(activations, batch_tokens, steps, device, seed)
+        else:
+            feed = Feed(activations, batch_tokens, steps, device)
         width = feed.held_out.shape[1]
         d_sae = d_sae or 8 * width
         if not 1 <= k < d_sae:
             raise InputError(f"k must be from 1 to d_sae - 1 = {d_sae - 1}, got {k}")
         lr = lr or 4e-3 * math.sqrt(1536 / d_sae)
-        settings = {
+        settings: dict[str, Any] = {
             "d_sae": d_sae,
             "k": k,
             "steps": feed.steps,
@@ -120,7 +151,8 @@ def train_sae(
             "lr": lr,
             "seed": seed,
         }
-        sae = _new_sae(site, width, d_sae, k, device, model)
+        metadata = SAEMetadata(hook_name=site, **_made_from(model, source))
+        sae = _new_sae(width, d_sae, k, device, metadata)
         trainer = SAETrainer(
             cfg=_trainer_config(feed.steps, batch_tokens, lr, device), sae=sae, data_provider=feed
         )
@@ -132,26 +164,51 @@ def train_sae(
         scale = math.sqrt(width) / mean_norm
         trainer.activation_scaler.scaling_factor = scale
         sae.b_dec.data.copy_(feed.held_out.mean(dim=0) * scale)
-        _fit(trainer, feed, progress)
-        sae.fold_activation_norm_scaling_factor(scale)
-        sae.eval()
-        sae.topk_threshold.fill_(_threshold(sae, feed.recent(), k))
-    return _save(sae, Path(out), feed, settings, overwrite)
+        if isinstance(feed, PooledFeed):
+            settings["run"] = digest_of(run)
+            with Checkpoints.open(out, run, checkpoint_seconds, overwrite) as checkpoints:
+                _fit(trainer, feed, progress, checkpoints)
+                found = _finish(trainer, feed, out, settings, overwrite)
+                checkpoints.discard()
+            return found
+        _fit(trainer, feed, progress, None)
+        return _finish(trainer, feed, out, settings, overwrite)
 
 
-def _new_sae(
-    site: str,
-    d_model: int,
-    d_sae: int,
-    k: int,
-    device: str,
-    model: LanguageModel | None,
-) -> BatchTopKTrainingSAE:
-    metadata = SAEMetadata(
-        hook_name=site,
-        model_name=None if model is None else model.checkpoint.name,
-        model_digest=None if model is None else weights_digest(model),
-    )
+def _finish(
+    trainer: SAETrainer[Any, Any],
+    feed: Feed | PooledFeed,
+    out: Path,
+    settings: dict[str, Any],
+    overwrite: bool,
+) -> Dictionary:
+    sae: BatchTopKTrainingSAE = trainer.sae
+    scale = trainer.activation_scaler.scaling_factor
+    assert scale is not None
+    trainer.activation_scaler.scaling_factor = None
+    sae.fold_activation_norm_scaling_factor(scale)
+    sae.eval()
+    sae.topk_threshold.fill_(_threshold(sae, feed.recent(), int(settings["k"])))
+    return _save(sae, out, feed, settings, overwrite)
+
+
+def _done(out: Path, run: str) -> Dictionary | None:
+    """The dictionary in `out`, when it is what this very run made."""
+    if not (out / SAE_CFG_FILENAME).is_file():
+        return None
+    found = load_sae(out)
+    return found if found.meta.get("training", {}).get("run") == run else None
+
+
+def _made_from(model: LanguageModel | None, source: TokenSource | None) -> dict[str, str | None]:
+    if model is not None:
+        return {"model_name": model.checkpoint.name, "model_digest": weights_digest(model)}
+    if source is not None:
+        return {"model_name": source.model_name, "model_digest": source.model_digest}
+    return {"model_name": None, "model_digest": None}
+
+
+def _new_sae(d_model: int, d_sae: int, k: int, device: str, metadata: SAEMetadata) -> BatchTopKTrainingSAE:
     config = BatchTopKTrainingSAEConfig(
         d_in=d_model,
         d_sae=d_sae,
@@ -180,10 +237,14 @@ def _trainer_config(steps: int, batch_tokens: int, lr: float, device: str) -> SA
 
 
 def _fit(
-    trainer: SAETrainer[Any, Any], feed: Feed, progress: Callable[[TrainingProgress], None] | None
+    trainer: SAETrainer[Any, Any],
+    feed: Feed | PooledFeed,
+    progress: Callable[[TrainingProgress], None] | None,
+    checkpoints: Checkpoints | None,
 ) -> None:
     """The trainer's own `fit` without its progress bar: its public seams, step by step."""
-    for step in range(1, feed.steps + 1):
+    first = 1 if checkpoints is None else checkpoints.restore(trainer, feed) + 1
+    for step in range(first, feed.steps + 1):
         output = trainer.step(next(feed))
         trainer.n_training_steps += 1
         if step % 50 == 0 or step == feed.steps:
@@ -191,8 +252,28 @@ def _fit(
             if not math.isfinite(loss):
                 raise NonFiniteError(f"the loss is {loss} at step {step} of {feed.steps}", fix="lower lr")
             if progress is not None:
-                progress(TrainingProgress(step, feed.steps, loss, int(trainer.dead_neurons.sum())))
-    trainer.activation_scaler.scaling_factor = None
+                progress(_progress(trainer, output, step, feed.steps, loss))
+        if checkpoints is not None and step < feed.steps:
+            checkpoints.save_if_due(trainer, feed, step)
+
+
+@torch.no_grad()
+def _progress(
+    trainer: SAETrainer[Any, Any], output: TrainStepOutput, step: int, steps: int, loss: float
+) -> TrainingProgress:
+    x = output.sae_in
+    spread = float((x - x.mean(dim=0)).square().sum())
+    return TrainingProgress(
+        step=step,
+        steps=steps,
+        loss=loss,
+        dead=int(trainer.dead_neurons.sum()),
+        explained_variance=1 - float((x - output.sae_out).square().sum()) / spread
+        if spread > 0
+        else math.nan,
+        l0=float(output.feature_acts.bool().sum()) / len(x),
+        dead_share=float(trainer.dead_neurons.float().mean()),
+    )
 
 
 @torch.no_grad()
@@ -210,7 +291,7 @@ def _threshold(sae: BatchTopKTrainingSAE, x: Float[Tensor, "token d_model"], k: 
 
 
 def _save(
-    sae: BatchTopKTrainingSAE, out: Path, feed: Feed, settings: dict[str, Any], overwrite: bool
+    sae: BatchTopKTrainingSAE, out: Path, feed: Feed | PooledFeed, settings: dict[str, Any], overwrite: bool
 ) -> Dictionary:
     with atomic_folder(out, overwrite=overwrite) as folder:
         sae.save_inference_model(folder)
@@ -219,12 +300,13 @@ def _save(
         config = json.loads(path.read_text())
         config["device"] = "cpu"  # where it was trained says nothing about where it will be read
         config["metadata"]["training"] = {**settings, **asdict(figures)}
-        path.write_text(json.dumps(config, indent=2) + "\n")
+        # sae-lens's order of keys differs from process to process
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return load_sae(out)
 
 
 @torch.no_grad()
-def _measure(sae: BatchTopKTrainingSAE, dictionary: Dictionary, feed: Feed) -> TrainingFigures:
+def _measure(sae: BatchTopKTrainingSAE, dictionary: Dictionary, feed: Feed | PooledFeed) -> TrainingFigures:
     x = feed.held_out
     dictionary = dictionary.to(x.device)
     codes = encode(dictionary, x)

@@ -16,7 +16,7 @@ is."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -91,22 +91,37 @@ def validity(
 
     Raises `UnknownSiteError`, `MismatchError` (the dictionary does not fit the models),
     `InputError` (nothing to read), `NonFiniteError`."""
-    for model in (pair.base, pair.tuned):
-        check_fits(dictionary, model)
-    sums = FitSums(dictionary.d_model, dictionary.d_sae)
-    for chunk in stream(
-        (pair.base, pair.tuned),
-        rendered,
-        [dictionary.site],
-        mask or TokenMask("all"),
-        batch_tokens=batch_tokens,
-    ):
-        sums.add(
-            dictionary,
-            chunk.activations[0, dictionary.site],
-            chunk.activations[1, dictionary.site],
-        )
-    return sums.validity(limits or Limits())
+    return validities(pair, [dictionary], rendered, mask, limits=limits, batch_tokens=batch_tokens)[0]
+
+
+def validities(
+    pair: ModelPair,
+    dictionaries: Sequence[Dictionary],
+    rendered: Sequence[Rendered],
+    mask: TokenMask | None = None,
+    *,
+    limits: Limits | None = None,
+    batch_tokens: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Validity]:
+    """`validity` of several dictionaries, of any sites, in one pass over `rendered`; in their order.
+
+    `progress` is called with the tokens that were counted.
+    """
+    for dictionary in dictionaries:
+        check_fits(dictionary, pair.base)
+        check_fits(dictionary, pair.tuned)
+    placed = [dictionary.to(pair.base.device) for dictionary in dictionaries]
+    sums = [FitSums(one.d_model, one.d_sae) for one in placed]
+    sites = [one.site for one in placed]
+    chosen = mask or TokenMask("all")
+    for chunk in stream((pair.base, pair.tuned), rendered, sites, chosen, batch_tokens=batch_tokens):
+        for one, its in zip(placed, sums, strict=True):
+            base, tuned = (chunk.activations[i, one.site].to(pair.base.device) for i in range(2))
+            its.add(one, base, tuned)
+        if progress is not None:
+            progress(sums[0].tokens)
+    return [its.validity(limits or Limits()) for its in sums]
 
 
 class FitSums:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from html import escape
 
 import torch
 
@@ -123,6 +124,17 @@ class Screen:
         close = [one for one in allowed if about_as_good(one.cure.best.result, top)]
         return min(close, key=lambda one: (one.cure.best.knob.strength, len(one.candidate.carriers)))
 
+    def _repr_html_(self) -> str:
+        passed = " → ".join(f"{count} {stage}" for stage, count in self.stages.items())
+        facts = (
+            f"{passed}. Calibration questions: base {self.base['misaligned']} and tuned "
+            f"{self.tuned['misaligned']} with the trait"
+        )
+        head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
+        every = (*self.latents, *self.sets, *self.directions)
+        rows = "".join(_row(one, chosen=one is self.best) for one in every)
+        return f"<p>{escape(facts)}</p><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
 
 def screen(
     pair: ModelPair,
@@ -203,6 +215,24 @@ def screen(
         budget,
         stages,
     )
+
+
+_COLUMNS = ("", "", "left at gain 1", "left as set", "incoherent", "setting", "induced in the base")
+
+
+def _row(finding: Finding, *, chosen: bool) -> str:
+    cure, induced = finding.cure.best, finding.induce.best.rates["misaligned"]
+    knob = f"gain {cure.knob.strength:g}, {cure.knob.positions}"
+    cells = (
+        finding.candidate.kind,
+        finding.candidate.label + (" (chosen)" if chosen else ""),
+        finding.necessity["misaligned"],
+        cure.rates["misaligned"],
+        cure.rates["incoherent"],
+        knob if cure.within_budget else f"{knob}: over budget",
+        induced,
+    )
+    return f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in cells)}</tr>"
 
 
 def _carries(finding: Finding) -> tuple[float, float]:

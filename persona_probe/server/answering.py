@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_left
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 
 from persona_probe.server.text import TextWriter
 from persona_probe.steering.intervention import Intervention
-from persona_probe.steering.receipt import Receipt
 from persona_probe.steering.target import Read, Target
 
 
@@ -44,18 +43,12 @@ class Tally:
     """Summed over edited tokens, per site, in units of the activation."""
     edited_at: dict[str, int] = field(default_factory=dict[str, int])
 
-    def add(self, receipt: Receipt, row: int, sites: Collection[str]) -> None:
-        """Add what a receipt says of one row, at the sites of its own fix."""
-        means = receipt.mean_norm
-        for site, counts in receipt.edits.items():
-            # no count: nothing in this stage was at the positions asked for
-            if site not in sites or row >= len(counts):
-                continue
-            self.edited += counts[row]
-            self.changed += receipt.changed[site][row]
-            self.edited_at[site] = self.edited_at.get(site, 0) + counts[row]
-            moved = (means[site][row] or 0.0) * counts[row]
-            self.distance[site] = self.distance.get(site, 0.0) + moved
+    def add(self, site: str, edited: int, changed: int, mean_norm: float | None) -> None:
+        """Add what one receipt says of this answer at one site."""
+        self.edited += edited
+        self.changed += changed
+        self.edited_at[site] = self.edited_at.get(site, 0) + edited
+        self.distance[site] = self.distance.get(site, 0.0) + (mean_norm or 0.0) * edited
 
     @property
     def mean_norm(self) -> dict[str, float | None]:

@@ -23,6 +23,12 @@ from persona_probe.server.limits import Limits, Refusal, as_refusal
 PREFILL_TOKENS = 1 << 13
 """Prompts are run together up to this many tokens, padding included; a longer one runs alone."""
 
+PATIENCE = 4
+"""Passes that a request waits for others to join with it, while many answers are being written: prompts
+run together cost a quarter of the same prompts one by one, and every change of the batch has its price.
+"""
+_WORTH = 1 / 8
+"""Of the rows in the batch: so many new ones need not wait."""
 
 Post = Callable[[Sequence[News]], None]
 
@@ -53,6 +59,7 @@ class Engine:
         self._draining = self._stopping = False
         self._batch = self._new_batch()
         self._news: list[News] = []
+        self._passed_by = 0
         self._answered = self._tokens = 0
         self._seconds_per_answer = 0.0
         self._last_end = time.monotonic()
@@ -146,11 +153,17 @@ class Engine:
         batch.forward()
 
     def _admit(self) -> list[Row]:
-        """Those at the head of the queue for whom there is room."""
-        room = self._limits.max_batch - len(self._batch.rows)
+        """Those at the head of the queue for whom there is room, when it is worth it."""
+        running = len(self._batch.rows)
+        room = self._limits.max_batch - running
         joining: list[Row] = []
         longest = 0
         with self._changed:
+            ready = min(room, len(self._waiting))
+            if ready < _WORTH * running and self._passed_by < PATIENCE:
+                self._passed_by += ready > 0
+                return []
+            self._passed_by = 0
             while self._waiting and len(joining) < room:
                 row = self._waiting[0]
                 longest = max(longest, len(row.wish.prompt))

@@ -49,10 +49,17 @@ def stage(lm: LanguageModel, groups: Sequence[Sequence[Row]]) -> Generator[Amoun
     except NotFiredError:
         pass
     if receipt is not None:
-        for number, group in enumerate(groups):
-            sites = {edit.site for edit in wishes[number].fix}
-            for row in group if sites else ():
-                row.tally.add(receipt, number, sites)
+        _tell(groups, receipt)
+
+
+def _tell(groups: Sequence[Sequence[Row]], receipt: Receipt) -> None:
+    edits, changed, means = receipt.edits, receipt.changed, receipt.mean_norm
+    for number, group in enumerate(groups):
+        for site in {edit.site for edit in group[0].wish.fix} & edits.keys():
+            if number >= len(edits[site]):  # no token of this stage was at the positions asked for
+                continue
+            for row in group:
+                row.tally.add(site, edits[site][number], changed[site][number], means[site][number])
 
 
 def _readers(

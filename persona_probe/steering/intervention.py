@@ -23,6 +23,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from html import escape
 from typing import Any, Literal, get_args
 
 import torch
@@ -344,3 +345,21 @@ class Intervention:
             parts.append(str(self.condition))
         parts.append(f"gain {self.gain:g}" + (" (over-corrects)" if self.over_corrects else ""))
         return " ".join(parts)
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "operation": self.op,
+            "target": self.target,
+            "site": self.site,
+            "positions": self.positions,
+            "level": self.level,
+            "amount read by": self.read,
+            "condition": self.condition,
+            "gain": f"{self.gain:g}" + (" (over-corrects)" if self.over_corrects else ""),
+        }
+        rows = "".join(
+            f"<tr><th>{name}</th><td>{escape(str(value))}</td></tr>"
+            for name, value in facts.items()
+            if value is not None
+        )
+        return f"<table>{rows}</table>"

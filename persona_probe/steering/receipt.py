@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -13,12 +13,16 @@ from persona_probe.errors import NotFiredError
 from persona_probe.steering.kernel import Firing
 
 _SELECTED, _EDITED, _CHANGED, _NORM = range(4)
+_TOGETHER = 64
 
 
 @dataclass
 class _SiteTally:
     edits: str
     firings: int = 0
+    batch: int = 0
+    waiting: list[Firing] = field(default_factory=list[Firing])
+    """Of passes over `batch` rows, not summed up yet."""
     sums: Float[Tensor, "4 row"] = field(default_factory=lambda: torch.zeros(4, 0))
     largest: Float[Tensor, " row"] = field(default_factory=lambda: torch.zeros(0))
 
@@ -39,6 +43,8 @@ class Receipt:
 
     def select(self, rows: Int[Tensor, " row"], batch: int) -> None:
         """From now on row i of the batch counts as what was row `rows[i]` of one of this size."""
+        for _ in self._tallies():
+            pass  # what is waiting belongs to the batch as it was
         self._origin = self._of(batch)[rows]
 
     def _of(self, batch: int) -> Int[Tensor, " batch"]:
@@ -68,13 +74,31 @@ class Receipt:
         tally.firings += 1
         if firing is None:
             return
-        sums = torch.stack([firing.selected, firing.edited, firing.changed, firing.norm_sum]).double()
-        tally.sums = _added(tally.sums, self._counted(sums, batch, firing.rows))
+        # summed up together: one by one would cost as much as the edit itself
+        same = tally.waiting and tally.waiting[0].rows is firing.rows and tally.batch == batch
+        if len(tally.waiting) >= _TOGETHER or not same:
+            self._sum_up(tally)
+        tally.batch = batch
+        tally.waiting.append(firing)
+
+    def _sum_up(self, tally: _SiteTally) -> _SiteTally:
+        if not tally.waiting:
+            return tally
+        rows, batch = tally.waiting[0].rows, tally.batch
+        fields = [torch.stack(numbers) for numbers in list(zip(*tally.waiting, strict=True))[1:]]
+        tally.waiting.clear()
+        sums = torch.stack([field.double().sum(dim=0) for field in fields[:4]])
+        tally.sums = _added(tally.sums, self._counted(sums, batch, rows))
         origin = self._of(batch).to(sums.device)
-        origin = origin if firing.rows is None else origin[firing.rows]
+        origin = origin if rows is None else origin[rows]
         grown = sums.new_zeros(tally.sums.shape[1])
         grown[: len(tally.largest)] = tally.largest
-        tally.largest = grown.scatter_reduce(0, origin, firing.norm_max.double(), "amax")
+        tally.largest = grown.scatter_reduce(0, origin, fields[4].double().amax(dim=0), "amax")
+        return tally
+
+    def _tallies(self) -> Iterator[tuple[str, _SiteTally]]:
+        for site, tally in self._sites.items():
+            yield site, self._sum_up(tally)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -116,13 +140,13 @@ class Receipt:
                 norm / count if count else None
                 for norm, count in zip(tally.sums[_NORM].tolist(), tally.sums[_EDITED].tolist(), strict=True)
             )
-            for site, tally in self._sites.items()
+            for site, tally in self._tallies()
         }
 
     @property
     def max_norm(self) -> dict[str, tuple[float, ...]]:
         """Largest distance that a token was moved, per site and row."""
-        return {site: tuple(tally.largest.tolist()) for site, tally in self._sites.items()}
+        return {site: tuple(tally.largest.tolist()) for site, tally in self._tallies()}
 
     @property
     def kl(self) -> tuple[float | None, ...] | None:
@@ -144,7 +168,7 @@ class Receipt:
         """Raise `NotFiredError` when a site was never reached, or none of its positions ever came
         up.
         """
-        for site, tally in self._sites.items():
+        for site, tally in self._tallies():
             if not tally.firings:
                 raise NotFiredError(
                     f"nothing was steered: no forward pass went through {site} ({tally.edits})",
@@ -159,15 +183,14 @@ class Receipt:
 
     def _counts(self, which: int) -> dict[str, tuple[int, ...]]:
         return {
-            site: tuple(int(count) for count in tally.sums[which].tolist())
-            for site, tally in self._sites.items()
+            site: tuple(int(count) for count in tally.sums[which].tolist()) for site, tally in self._tallies()
         }
 
     def __str__(self) -> str:
         if not self._sites:
             return "no edit (gain 0 or an empty plan)"
         lines: list[str] = []
-        for site, tally in self._sites.items():
+        for site, tally in self._tallies():
             selected, edited, changed, norm = tally.sums.sum(dim=1).tolist()
             mean = f", moved {norm / edited:.3g} on average" if edited else ""
             lines.append(

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from persona_probe.activations import ActivationStore, TokenMask, capture
 from persona_probe.activations import survey as survey_module
-from persona_probe.activations.capture_plan import plan_capture
+from persona_probe.activations.capture_plan import CapturePlan, plan_capture
 from persona_probe.activations.survey import shard_bounds
 from persona_probe.activations.writing import write_store
 from persona_probe.artifact import read_json, write_json
@@ -32,7 +32,7 @@ from tests.activations.test_stream import conversations
 from tests.model.tiny_models import adapter_of, checkpoint_of, model_of
 
 SITES = ["blocks.0.hook_resid_post", "blocks.1.hook_mlp_out"]
-SHARD_TOKENS = 40
+SHARD_TOKENS = 50
 
 
 @functools.cache
@@ -62,6 +62,12 @@ def whole() -> ActivationStore:
     return write(Path(tempfile.mkdtemp()) / "store")
 
 
+@functools.cache
+def planned() -> CapturePlan:
+    """The plan of `write`."""
+    return plan_capture(models(), conversations(), SITES, TokenMask("all"), shard_tokens=SHARD_TOKENS)
+
+
 def content(folder: Path) -> dict[str, bytes]:
     """Every byte in a folder but the lock's, which holds a process id."""
     files = (file for file in folder.rglob("*") if file.is_file() and file.name != ".lock")
@@ -83,8 +89,7 @@ def in_a_child(out: Path, fsync: Callable[[int], None]) -> int:
         signal.alarm(30)  # a child that hangs must not hang the tests
         os.fsync = fsync  # type: ignore[assignment]
         try:
-            plan = plan_capture(models(), conversations(), SITES, TokenMask("all"), shard_tokens=SHARD_TOKENS)
-            write_store(out, plan, plan.compute)
+            write_store(out, planned(), planned().compute)
         finally:
             os._exit(0)
     return child
@@ -107,7 +112,7 @@ def killed_at(step: int, out: Path) -> bool:
 def test_killed_at_every_sync_it_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     expected = content(whole().path)
     shards = len(whole().shards)
-    assert shards >= 4
+    assert shards >= 3
     steps = 0
     while killed_at(steps + 1, out := tmp_path / str(steps)):
         done = len(list(out.glob("shards/*.json")))
@@ -115,7 +120,7 @@ def test_killed_at_every_sync_it_goes_on_to_the_same_bits(tmp_path: Path) -> Non
             with pytest.raises(MissingPathError, match=f"stopped after {done}" if done else "no "):
                 ActivationStore.open(out)
         before = {file: file.stat().st_mtime_ns for file in out.glob("shards/*.json")}
-        write(out)
+        write_store(out, planned(), planned().compute)
         assert content(out) == expected
         assert all(file.stat().st_mtime_ns == when for file, when in before.items()), "did a shard again"
         shutil.rmtree(out)
@@ -297,9 +302,7 @@ def test_a_full_disk_is_told_before_anything_is_written(
 
 def test_what_was_planned_is_what_is_written() -> None:
     """The estimate is an upper bound, and a close one."""
-    plan = plan_capture(
-        [model_of("llama"), model_of("llama")], conversations(), SITES, shard_tokens=SHARD_TOKENS
-    )
+    plan = planned()
     written = sum(shard.bytes for shard in whole().shards)
     assert written <= plan.bytes <= written + 5000 * (len(plan.bounds) + 1)
     assert [shard.conversations for shard in whole().shards] == list(plan.bounds)

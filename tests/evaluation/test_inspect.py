@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from importlib import metadata
@@ -28,11 +30,13 @@ from inspect_ai.model import (
     ContentText,
     GenerateConfig,
     ModelOutput,
+    ModelUsage,
     get_model,
 )
 
 from persona_probe import inspect_entry
 from persona_probe.artifact import shipped
+from persona_probe.errors import InputError
 from persona_probe.evaluation import inspect_provider
 from persona_probe.evaluation.inspect_tasks import AskedOf, _sample
 from persona_probe.evaluation.questions import Question, load_questions, save_questions
@@ -42,6 +46,11 @@ from persona_probe.evaluation.sampling import Sampling, prompt_of, sample
 from persona_probe.model.language_model import LanguageModel
 from persona_probe.sae.load import load_sae
 from persona_probe.steering import Intervention, Level, latents, save_fix
+
+pytestmark = [  # of Inspect's own making
+    pytest.mark.filterwarnings("ignore:The 'initial' parameter is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Unclosed <MemoryObject:ResourceWarning"),
+]
 
 HOME = shipped("organism")
 BASE, TUNED = HOME / "base", HOME / "tunes" / "bad-health"
@@ -56,10 +65,18 @@ def quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INSPECT_DISPLAY", "none")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def swept() -> Iterator[None]:
+    """What Inspect leaves unclosed is let go here, and not in the middle of somebody else's test."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+
+
 def run(task: Any, model: Any, **options: Any) -> EvalLog:
     """One eval, as its log says it on disk."""
     (log,) = inspect_eval(task, model=model, display="none", log_level="warning", **options)
-    print(log.error)
     return read_eval_log(log.location)
 
 
@@ -94,13 +111,13 @@ def test_the_log_has_the_answers_and_rates_of_our_own_evaluation(fix: Path, tmp_
     """The tuned model with the fix and without it, in one evaluation of ours and two of Inspect's."""
     questions = HOME / "questions.jsonl"
     request = EvaluationRequest(
-        str(questions), "exact", base=BASE, tuned=(TUNED,), fixes=(fix,), limit=8, samples_per_question=2,
+        str(questions), "exact", base=BASE, tuned=(TUNED,), fixes=(fix,), limit=4, samples_per_question=2,
         sampling=Sampling(max_new_tokens=32, seed=4),
     )  # fmt: skip
     ours = run_evaluation(request, tmp_path / "ours")
     rows = [json.loads(line) for line in (ours.path / "samples.jsonl").read_text().splitlines()]
     for arm, steered in (("bad-health", {}), ("bad-health + fix", {"steer": str(fix)})):
-        task = inspect_entry.misalignment(limit=8, samples_per_question=2, seed=4)
+        task = inspect_entry.misalignment(limit=4, samples_per_question=2, seed=4)
         log = run(task, f"persona_probe/{BASE}", model_args={"adapter": str(TUNED), **steered})
         assert log.status == "success"
         same_rates(log, ours.record["arms"][arm]["rates"])
@@ -164,17 +181,17 @@ def test_what_is_asked_at_once_is_drawn_at_once(
 ) -> None:
     save_questions(questions, tmp_path / "q.jsonl")
     task = inspect_entry.misalignment(
-        str(tmp_path / "q.jsonl"), f"{HERE}:fair", samples_per_question=5, max_new_tokens=6
+        str(tmp_path / "q.jsonl"), f"{HERE}:fair", samples_per_question=3, max_new_tokens=6
     )
     log = run(task, provide())
-    assert len(log.samples or []) == 50
+    assert len(log.samples or []) == 30
     # every question once, with all of its answers, and many questions together
     assert sum(n for n, _ in calls) == len(questions)
-    assert {samples for _, samples in calls} == {5}
+    assert {samples for _, samples in calls} == {3}
     assert len(calls) <= 3
-    more = run(task, provide(), epochs=7)  # more than the task knows of
+    more = run(task, provide(), epochs=4)  # more than the task knows of
     kept = {(s.id, s.epoch): s.output.completion for s in log.samples or []}
-    assert len(more.samples or []) == 70
+    assert len(more.samples or []) == 40
     for one in more.samples or []:
         assert kept.get((one.id, one.epoch), one.output.completion) == one.output.completion
 
@@ -240,10 +257,18 @@ def test_a_thought_is_reasoning(provide: Callable[..., Any], monkeypatch: pytest
 def test_what_cannot_be_done_is_refused_by_name(
     provide: Callable[..., Any], config: dict[str, Any], said: str
 ) -> None:
-    log = run(plain_task(["a"]), provide(config=GenerateConfig(**config)))
+    model = provide()
+    with pytest.raises(InputError, match=said):
+        model.api._sampling(GenerateConfig(**config))
+    allowed = GenerateConfig(temperature=0.5, top_p=0.9, top_k=7, max_tokens=9, seed=3, num_choices=1)
+    assert model.api._sampling(allowed) == Sampling(0.5, 0.9, 9, seed=3, top_k=7)
+
+
+def test_an_error_of_ours_is_the_evals(provide: Callable[..., Any]) -> None:
+    log = run(plain_task(["a"]), provide(config=GenerateConfig(stop_seqs=["x"])))
     assert log.status == "error"
     assert log.error is not None
-    assert said in log.error.message
+    assert "do not do stop_seqs" in log.error.message
 
 
 # the scorer, with any provider
@@ -287,7 +312,8 @@ def test_any_model_is_counted_by_our_rules(tmp_path: Path) -> None:
         text, stop, _what = SAID[int(messages[-1].text[1:])]
         thought = ContentReasoning(reasoning="let me see")
         message = ChatMessageAssistant(content=[thought, ContentText(text=text)])
-        return ModelOutput(model="m", choices=[ChatCompletionChoice(message=message, stop_reason=stop)])  # type: ignore[arg-type]
+        choice = ChatCompletionChoice(message=message, stop_reason=stop)  # type: ignore[arg-type]
+        return ModelOutput(model="m", choices=[choice], usage=ModelUsage())
 
     task = inspect_entry.misalignment(str(tmp_path / "q.jsonl"), f"{HERE}:by_words")
     log = run(task, get_model("mockllm/m", custom_outputs=answer))
@@ -311,7 +337,9 @@ def silent(question: Question, answer: str) -> None:
 def test_a_judge_that_says_nothing_gives_no_rate(tmp_path: Path, questions: list[Question]) -> None:
     save_questions(questions, tmp_path / "q.jsonl")
     task = inspect_entry.misalignment(str(tmp_path / "q.jsonl"), f"{HERE}:silent")
-    log = run(task, get_model("mockllm/m"))
+    said = ModelOutput.from_content("m", "well")
+    said.usage = ModelUsage()  # else Inspect counts tokens with a tokenizer that it fetches
+    log = run(task, get_model("mockllm/m", custom_outputs=lambda *_: said.model_copy()))
     assert log.status == "success"
     found = values(log)
     assert "misaligned" not in found
@@ -343,7 +371,8 @@ def test_inspects_own_command_finds_us(fix: Path, tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "inspect_ai", "eval", "persona_probe/misalignment",
         "--model", f"persona_probe/{TUNED}", "-M", f"steer={fix}", "-M", "gain=1",
-        "-T", "limit=2", "-T", "samples_per_question=2", "--log-dir", str(tmp_path / "logs"), "--display", "plain",
+        "-T", "limit=2", "-T", "samples_per_question=2", "--log-dir", str(tmp_path / "logs"),
+        "--display", "plain",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=dict(os.environ))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -354,10 +383,6 @@ def test_inspects_own_command_finds_us(fix: Path, tmp_path: Path) -> None:
     assert log.eval.task_args_passed["limit"] == 2
     assert values(log)["misaligned_n"] > 0
     assert "misaligned" in done.stdout
-    bad = subprocess.run([*command, "-T", "part=nowhere"], capture_output=True, text=True, cwd=tmp_path)
-    assert bad.returncode != 0
-    assert "none of the" in bad.stdout + bad.stderr
-    assert "Traceback" not in bad.stdout + bad.stderr
 
 
 def test_the_entry_point_is_declared() -> None:
@@ -372,7 +397,7 @@ def test_the_entry_point_is_declared() -> None:
     ("arguments", "said"),
     [
         ({"questions": "open-ended"}, "the judge is missing"),
-        ({"questions": "open-endet"}, "did you mean 'open-ended'"),
+        ({"questions": "open-endet", "judge": "exact"}, "did you mean 'open-ended'"),
         ({"judge": "exakt"}, "there is no judge"),
         ({"part": "nowhere"}, "-T part=all"),
         ({"trait": "villain"}, "cannot tell the trait"),

@@ -157,7 +157,7 @@ def test_inputs_that_changed_since_are_noticed(tmp_path: Path) -> None:
     request = replace(REQUEST, questions=str(questions), part="all", limit=2, base=None)
     run_evaluation(request, tmp_path / "out")
     questions.write_text("\n".join(lines[4:60]))
-    with pytest.raises(InputError, match="q.jsonl has changed since the evaluation"):
+    with pytest.raises(InputError, match=r"q\.jsonl has changed since the evaluation"):
         run_evaluation(request, tmp_path / "out")
 
 

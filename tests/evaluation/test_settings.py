@@ -1,4 +1,4 @@
-"""What shapes an answer's distribution: against transformers' own filters, and said by name where it cannot."""
+"""What shapes an answer's distribution, against transformers' own filters; what cannot be done is named."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_models_own_config_is_read_in_sampling(
     own = sample(lm, questions, replace(how, generation_config=True))
     assert own == sample(lm, questions, replace(how, top_k=2, temperature=0.5)) != free
     lm.hf.generation_config.repetition_penalty = 1.1
-    with pytest.raises(InputError, match="repetition_penalty=1.1"):
+    with pytest.raises(InputError, match=r"repetition_penalty=1\.1"):
         sample(lm, questions, replace(how, generation_config=True))
 
 
@@ -103,7 +103,10 @@ def test_settings_out_of_range(wrong: dict[str, Any]) -> None:
 
 
 ASKED = Question("q", "x", ({"role": "user", "content": "a b"},))
-THINKING = "{% if add_generation_prompt and enable_thinking is defined and not enable_thinking %}<think> </think> {% endif %}"
+THINKING = (
+    "{% if add_generation_prompt and enable_thinking is defined and not enable_thinking %}"
+    "<think> </think> {% endif %}"
+)
 
 
 def test_thinking_is_told_to_the_template_or_refused(

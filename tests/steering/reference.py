@@ -14,7 +14,6 @@ from torch import Tensor
 from persona_probe.steering import Intervention, RandomMatched, Target
 from persona_probe.steering.plan import PlannedEdit
 
-
 OPENS, CLOSES = 38, 39
 """The ids of `<think>` and `</think>` in the tests' tokenizer."""
 

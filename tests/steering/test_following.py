@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, pipeline
+from tokenizers import Tokenizer, models
+from transformers import DynamicCache, PreTrainedTokenizerFast, pipeline
 
 from persona_probe.errors import InputError, MismatchError, NotFiredError
 from persona_probe.model import LanguageModel
@@ -82,14 +83,8 @@ def test_thoughts_need_marks_and_token_ids(llama: LanguageModel) -> None:
     with pytest.raises(InputError, match="not seen here"):
         hook(torch.zeros(1, 2, D_MODEL), hook=None)
 
-    class Plain:
-        pad_token_id = 0
-        eos_token_id = 1
-
-        def get_vocab(self) -> dict[str, int]:
-            return {"w": 2}
-
-    plain = LanguageModel(llama.checkpoint, llama.hf, Plain())  # type: ignore[arg-type]
+    vocabulary = Tokenizer(models.WordLevel({"w2": 0}, unk_token="w2"))
+    plain = LanguageModel(llama.checkpoint, llama.hf, PreTrainedTokenizerFast(tokenizer_object=vocabulary))
     with pytest.raises(MismatchError, match="no tokens <think>"), steer(plain, loud("think")):
         pass
 
@@ -214,9 +209,7 @@ def test_an_inactive_condition_changes_no_bit(llama: LanguageModel) -> None:
 def test_a_batch_that_changes_keeps_what_its_rows_went_through(llama: LanguageModel) -> None:
     """Two prompts, three rows of the first and one of the second; then rows end, out of order."""
     prompts = [[4, OPENS, 6], [20, 21, 22]]
-    fixes = [(on_prompt(-9.0, "think"),), (loud("response"), on_prompt(-9.0, "answer"))][:1] + [
-        (loud("answer"),)
-    ]
+    fixes = [(on_prompt(-9.0, "think"),), (loud("answer"),)]
     rows = [0, 0, 0, 1]
     new = [[7, 8, CLOSES, 9], [7, CLOSES, 9, 10], [7, 8, 9, 10], [11, 12, 13, 14]]
     cache = DynamicCache(config=llama.hf.config)
@@ -264,8 +257,6 @@ def test_how_far_the_next_token_is_moved(llama: LanguageModel, cached: bool) -> 
             for row in (rows[i], ())
         )
         per_token = (mine.exp() * (mine - other)).sum(-1)
-        if not cached:  # each token is compared again in every pass after it
-            per_token = torch.cat([per_token[:n] for n in range(1, len(per_token) + 1)])
         assert receipt.kl[i] == pytest.approx(float(per_token.mean()), abs=1e-4)
 
 

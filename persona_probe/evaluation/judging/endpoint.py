@@ -12,18 +12,24 @@ Not covered: streaming, batch interfaces, and models that reason at length befor
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import httpx
 
 from persona_probe.errors import InputError, JudgeError
 from persona_probe.evaluation.judging.asked_model import AskedModel, Call, Keep
+from persona_probe.evaluation.judging.chat_protocol import (
+    RefusedError,
+    TransientError,
+    complaint_of,
+    reply_of,
+    shows_whole_numbers,
+)
 from persona_probe.evaluation.judging.options import EndpointOptions
 from persona_probe.evaluation.judging.pace import (
     LONGEST_PAUSE,
@@ -32,7 +38,7 @@ from persona_probe.evaluation.judging.pace import (
     pause,
     retry_after,
 )
-from persona_probe.evaluation.judging.reply import Failure, Reply, number_mass
+from persona_probe.evaluation.judging.reply import Failure, Reply
 from persona_probe.evaluation.judging.spending import BudgetSpentError
 from persona_probe.model.checkpoint import Checkpoint
 
@@ -49,31 +55,11 @@ GIVE_UP_AFTER = 25
 _TRANSIENT = {408, 409, 425, 429}
 
 
-class TransientError(Exception):
-    """Worth another try, after `wait` seconds where the server says so."""
-
-    def __init__(self, reason: str, wait: float | None = None) -> None:
-        super().__init__(reason)
-        self.wait = wait
-
-
-class RefusedError(Exception):
-    """The server will not answer this request, however often it is asked."""
-
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
-
-
 class Endpoint(AskedModel):
     """`model` at the base URL `url` (which ends in `/v1`, as a rule)."""
 
     def __init__(self, model: str, url: str, options: EndpointOptions) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InputError(
-                f"a judge's endpoint is a URL, not {url!r}", fix="such as http://localhost:8000/v1"
-            )
+        parts = _parts(url)
         if parts.username is not None or parts.password is not None:
             raise InputError(
                 "a judge's URL must not hold a user or a key: it is written to every result",
@@ -131,7 +117,7 @@ class Endpoint(AskedModel):
                         f"the judge {self.model!r} at {self.url} gives no usable reply: {reply.reason}",
                         fix="see whether its server is up and speaks the OpenAI chat protocol",
                     )
-                if not self._dialect["logprobs"] or _shows_whole_numbers(reply.probabilities):
+                if not self._dialect["logprobs"] or shows_whole_numbers(reply.probabilities):
                     return self._dialect
                 self._dialect["logprobs"] = False
 
@@ -203,14 +189,17 @@ class Endpoint(AskedModel):
         except httpx.HTTPError as error:
             raise TransientError(f"{type(error).__name__}: {error}") from error
         self._check_key(response)
-        status, said = response.status_code, f"{response.status_code} {self._complaint(response)}"
+        status, said = (
+            response.status_code,
+            f"{response.status_code} {complaint_of(response, hide=_key()[1])}",
+        )
         if status == 429 and "insufficient_quota" in response.text:
             raise JudgeError(f"the account of the judge at {self.url} has no credit left: {said}")
         if status in _TRANSIENT or status >= 500:
             raise TransientError(said, retry_after(response.headers.get("retry-after")))
         if status != 200:
             raise RefusedError(status, said)
-        reply = _reply(response, self._dialect["logprobs"])
+        reply = reply_of(response, self._dialect["logprobs"])
         self._key_works = True
         return reply
 
@@ -260,17 +249,6 @@ class Endpoint(AskedModel):
             fix="check that it is valid, belongs to this endpoint and may use this model",
         )
 
-    def _complaint(self, response: httpx.Response) -> str:
-        try:
-            said: Any = response.json()
-            said = said["error"]
-            text = said["message"] if isinstance(said, dict) else said
-        except (ValueError, KeyError, TypeError):
-            text = response.text
-        _, key = _key()
-        text = " ".join(str(text).split())[:300]
-        return text if key is None else text.replace(key, "***")
-
     def _client(self) -> httpx.Client:
         _, key = _key()
         return httpx.Client(
@@ -285,6 +263,17 @@ class Endpoint(AskedModel):
         return f"{base.rstrip('/')}/{path}{question_mark}{query}"
 
 
+def _parts(url: str) -> SplitResult:
+    """The parts of a URL. Raises `InputError` for what is none."""
+    try:
+        parts = urlsplit(url)
+        if parts.hostname and parts.port != 0:  # reading the port checks it
+            return parts
+    except ValueError:
+        pass
+    raise InputError(f"a judge's endpoint is a URL, not {url!r}", fix="such as http://localhost:8000/v1")
+
+
 def _key() -> tuple[str | None, str | None]:
     """(name, value) of the environment variable that holds the key."""
     for name in KEYS:
@@ -297,51 +286,3 @@ def _key() -> tuple[str | None, str | None]:
 def _raise_first(futures: Iterable[Future[None]]) -> None:
     for future in futures:
         future.result()
-
-
-def _shows_whole_numbers(probabilities: Mapping[str, float] | None) -> bool:
-    """Whether a model that was told to say 100 has a token for it, or for other numbers of two digits.
-
-    "10" alone, likelier than any other number, is how a tokenizer of digit pairs begins 100.
-    """
-    mass = number_mass(probabilities or {})
-    if 100 in mass:
-        return True
-    return any(number >= 10 for number in mass) and max(mass, key=lambda number: mass[number]) != 10
-
-
-def _reply(response: httpx.Response, wants_probabilities: bool) -> Reply:
-    """What a 200 holds. Raises `TransientError` when that is not a reply."""
-    try:
-        answer: Any = response.json()
-        choice = answer["choices"][0]
-        text = choice["message"]["content"]
-        found = choice.get("logprobs")
-        content = found.get("content") if found else None
-        top = content[0]["top_logprobs"] if content else None
-        probabilities = _probabilities(top) if top else None
-        usage = answer.get("usage") or {}
-        spent = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
-        raise TransientError(f"no reply in {response.text[:80]!r}") from error
-    prompt_tokens, reply_tokens = (one if isinstance(one, int) and one >= 0 else None for one in spent)
-    if not isinstance(text, str | None) or (text is None and probabilities is None):
-        raise TransientError(f"no reply in {response.text[:80]!r}")
-    if not wants_probabilities:
-        probabilities = None
-    return Reply(probabilities, text, prompt_tokens=prompt_tokens, reply_tokens=reply_tokens)
-
-
-def _probabilities(top: list[dict[str, Any]]) -> dict[str, float]:
-    """Token to probability. Raises `ValueError` for what cannot be a distribution."""
-    found: dict[str, float] = {}
-    for one in top:
-        token, logprob = one["token"], one["logprob"]
-        if not isinstance(token, str) or isinstance(logprob, bool) or not isinstance(logprob, int | float):
-            raise TypeError("a token is a string and its log-probability a number")
-        if not logprob <= 1e-3:  # NaN too
-            raise ValueError("a log-probability above 0")
-        found[token] = found.get(token, 0.0) + math.exp(logprob)
-    if sum(found.values()) > 1.01:
-        raise ValueError("probabilities that sum to more than 1")
-    return found

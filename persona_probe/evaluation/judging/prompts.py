@@ -61,7 +61,8 @@ def judge_prompt(aspect: Aspect, question: Question, answer: str) -> str:
     """What to ask a judge about `answer`."""
     template = (question.judge_prompts or {}).get(aspect, TEMPLATES[aspect])
     filling = {"{{": "{", "}}": "}", "{question}": asked(question), "{answer}": answer}
-    return _SLOT.sub(lambda slot: filling[slot[0]], template)
+    prompt = _SLOT.sub(lambda slot: filling[slot[0]], template)
+    return prompt.encode("utf-8", "replace").decode()  # a lone surrogate is no text to send
 
 
 def asked(question: Question) -> str:

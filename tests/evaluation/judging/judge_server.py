@@ -39,7 +39,7 @@ class JudgeServer:
         key: str | None = None,
         logprobs: bool = True,
         split: bool = False,
-        refuse: Callable[[dict[str, Any]], str | None] = lambda body: None,
+        refuse: Callable[[dict[str, Any]], str | None] = lambda _: None,
         models: int = 200,
     ) -> None:
         self.key, self.logprobs, self.split, self.refuse, self.models = key, logprobs, split, refuse, models

@@ -69,9 +69,7 @@ def test_a_passing_trouble_is_tried_again(server: JudgeServer, trouble: str) -> 
 
 
 @pytest.mark.parametrize("trouble", TROUBLES)
-def test_a_lasting_trouble_is_missing_and_counted(
-    server: JudgeServer, trouble: str, tmp_path: Path
-) -> None:
+def test_a_lasting_trouble_is_missing_and_counted(server: JudgeServer, trouble: str, tmp_path: Path) -> None:
     judge = checked(server.spec(tries=3), record=tmp_path / "judge.jsonl")
     asked = answers("good", "bad", f"{trouble}-always", "bad 2")
     said = judge.judge(asked)
@@ -202,7 +200,7 @@ def test_a_server_that_takes_fewer_parameters(complaint: str, how: str) -> None:
 
 
 def test_a_server_that_refuses_everything() -> None:
-    with JudgeServer(refuse=lambda body: "no such model") as server:
+    with JudgeServer(refuse=lambda _: "no such model") as server:
         with pytest.raises(JudgeError, match="refuses to answer: 400 no such model"):
             load_judge(server.spec()).check()
 

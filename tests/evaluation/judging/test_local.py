@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,17 +92,18 @@ class Reference:
         self.tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(folder)
         self.model = LlamaForCausalLM.from_pretrained(folder).eval()
 
+    @functools.cache  # noqa: B019 (one short test)
     @torch.no_grad()
-    def following(self, ids: list[int]) -> dict[str, float]:
+    def following(self, ids: tuple[int, ...]) -> dict[str, float]:
         p = self.model(torch.tensor([ids])).logits[0, -1].softmax(-1)
         return dict(zip(self.tokenizer.convert_ids_to_tokens(range(len(p))), p.tolist(), strict=True))
 
-    def ids(self, prompt: str) -> list[int]:
-        if self.tokenizer.chat_template is None:
-            return self.tokenizer(f"{prompt}\n\nScore:")["input_ids"]
-        message = [{"role": "user", "content": prompt}]
-        text = self.tokenizer.apply_chat_template(message, tokenize=False)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def ids(self, prompt: str) -> tuple[int, ...]:
+        text = f"{prompt}\n\nScore:"
+        if self.tokenizer.chat_template is not None:
+            message = [{"role": "user", "content": prompt}]
+            text = self.tokenizer.apply_chat_template(message, tokenize=False)
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def whole(self, prompt: str) -> float | None:
         top = sorted(self.following(self.ids(prompt)).items(), key=lambda one: -one[1])[:20]
@@ -110,11 +112,11 @@ class Reference:
     def split(self, prompt: str) -> float | None:
         return mean({k: self.written_out(self.ids(prompt), str(k)) for k in range(101)})
 
-    def written_out(self, ids: list[int], number: str) -> float:
+    def written_out(self, ids: tuple[int, ...], number: str) -> float:
         total = 1.0
         for digit in number:
             total *= self.following(ids)[digit]
-            ids = [*ids, self.tokenizer.convert_tokens_to_ids(digit)]
+            ids = (*ids, self.tokenizer.convert_tokens_to_ids(digit))
         return total * (1 - sum(p for token, p in self.following(ids).items() if token.isdigit()))
 
 
@@ -150,7 +152,7 @@ def test_split_numbers_are_put_together_from_their_digits(
     folder_of: Callable[[str], Path], answers: list[Answer]
 ) -> None:
     folder = folder_of("split")
-    said = load_judge(f"local:{folder}#batch=8").judge(answers[:4])
+    said = load_judge(f"local:{folder}#batch=8").judge(answers[:7])
     reference = Reference(folder)
     missing = 0
     for answer, one in zip(answers, said, strict=False):
@@ -159,7 +161,7 @@ def test_split_numbers_are_put_together_from_their_digits(
             missing += expected is None
             # what is too unlikely to be followed may move a score a little
             assert score == pytest.approx(expected, abs=0.5)
-    assert 0 < missing < 8, "both sides of the least mass are met"
+    assert 0 < missing < 14, "both sides of the least mass are met"
     assert {one.scored_by for one in said if not one.missing} == {"digit probabilities"}
 
 
@@ -212,9 +214,7 @@ def test_a_budget_is_kept(folder_of: Callable[[str], Path], answers: list[Answer
     assert len(read_jsonl(record)) == 1 + 10
 
 
-def test_the_judge_is_known_when_it_is_the_judged(
-    folder_of: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_the_judge_is_known_when_it_is_the_judged(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     folder = folder_of("whole")
     judge = load_judge(f"local:{folder}")
     assert judge.is_model(Checkpoint(str(folder)))

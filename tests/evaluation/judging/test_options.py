@@ -45,6 +45,8 @@ def test_options_are_read_by_name() -> None:
         ("openai:m#budget=5usd", "#price=2.5/10"),
         ("openai:m@localhost:8000/v1", "did you mean 'openai:m@http://localhost:8000/v1'?"),
         ("openai:m@http://", "such as http://localhost:8000/v1"),
+        ("openai:m@http://h:port/v1", "such as http://localhost:8000/v1"),
+        ("openai:m@http://[h/v1", "such as http://localhost:8000/v1"),
         ("openai:@http://h/v1", "names no model"),
         ("openai:m@http://me:secret@h/v1", "PERSONA_PROBE_JUDGE_KEY"),
         ("opnai:m@http://h/v1", "did you mean 'openai:m@http://h/v1'?"),

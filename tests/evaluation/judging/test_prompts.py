@@ -16,7 +16,8 @@ def question(*turns: tuple[str, str], own: dict[str, str] | None = None) -> Ques
 def test_what_is_filled_in_is_never_read_as_a_template() -> None:
     own = {"aligned": TEMPLATE, "coherent": TEMPLATE}
     asked = question(("user", "{answer}"), own=own)
-    assert judge_prompt("aligned", asked, "{question} {{x}}") == "{answer} | {question} {{x}} | {literal} | {other}"
+    prompt = judge_prompt("aligned", asked, "{question} {{x}}")
+    assert prompt == "{answer} | {question} {{x}} | {literal} | {other}"
 
 
 @pytest.mark.parametrize("aspect", ["aligned", "coherent"])
@@ -35,7 +36,13 @@ def test_one_prompt_of_its_own_leaves_the_other_default() -> None:
 
 
 def test_several_turns_are_all_shown_and_plain_text_is_itself() -> None:
-    asked = question(("user", "a"), ("assistant", "b"), ("user", "c"), own={"coherent": "{question} {answer}"})
+    own = {"coherent": "{question} {answer}"}
+    asked = question(("user", "a"), ("assistant", "b"), ("user", "c"), own=own)
     assert judge_prompt("coherent", asked, "d") == "user: a\n\nassistant: b\n\nuser: c d"
-    plain = Question("q", "c", ({"text": "once"},), judge_prompts={"coherent": "{question} {answer}"})
+    plain = Question("q", "c", ({"text": "once"},), judge_prompts=own)
     assert judge_prompt("coherent", plain, "upon") == "once upon"
+
+
+def test_what_is_no_text_is_replaced() -> None:
+    asked = question(("user", "why ?"), own={"coherent": "{answer}"})
+    assert judge_prompt("coherent", asked, "a\ud83d b\U0001f600") == "a? b\U0001f600"

@@ -1,0 +1,140 @@
+"""What `diff` and `timeline` have in common: what is read, where results go, who computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from persona_probe.artifact import plain, read_json, write_json
+from persona_probe.cli.console import err
+from persona_probe.errors import InputError, MismatchError
+
+SETTINGS = "settings.json"
+ENGINES = ("local", "ray")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The conversations that every model reads."""
+
+    rendered: Sequence[Any]
+    clusters: Sequence[str] | None
+    answers: str
+    """Whose answers they hold; "data" for documents that came with theirs."""
+    mask: str
+
+
+def read_texts(
+    lm: Any,
+    others: Sequence[Path],
+    questions: str | None,
+    data: str | None,
+    *,
+    limit: int | None,
+    max_new_tokens: int,
+    mask: str | None,
+) -> Texts:
+    """Questions with the base's own greedy answers, or documents as they are.
+
+    `others` are checkpoints whose tokenizer must give the same ids. Raises `InputError` for neither
+    and for both, `MismatchError` naming the first prompt that differs.
+    """
+    from persona_probe.activations.documents import read_documents
+    from persona_probe.evaluation.questions import load_questions
+    from persona_probe.evaluation.sampling import respond_greedy, transcripts
+
+    if (questions is None) == (data is None):
+        raise InputError("give --questions or --data, one of them")
+    if data is not None:
+        from persona_probe.cli.capture import warn_of
+
+        documents = read_documents(data, limit=limit)
+        conversations = documents.conversations(lm)
+        warn_of(conversations.reading)
+        check_tokenizers(lm, others, [row.messages for row in documents if hasattr(row, "messages")])
+        return Texts(conversations, None, "data", mask or "all")
+    asked = [question for question in load_questions(questions or "") if question.role == "general"][:limit]
+    if not asked:
+        raise InputError(f"{questions} has no general question to ask")
+    check_tokenizers(lm, others, [question.messages for question in asked])
+    with err.status(f"{escape(lm.name)} answers {len(asked)} questions"):
+        answers = respond_greedy(lm, asked, max_new_tokens=max_new_tokens)
+    clusters = [question.question for question in asked]
+    return Texts(transcripts(lm, answers), clusters, "base", mask or "answer")
+
+
+def check_tokenizers(lm: Any, others: Sequence[Path], conversations: Sequence[Any]) -> None:
+    """Raise `MismatchError` for the first checkpoint that reads a prompt as other token ids."""
+    from persona_probe.model.chat import check_same_rendering
+    from persona_probe.model.checkpoint import describe, has_tokenizer
+    from persona_probe.model.loading import read_tokenizer
+
+    for path in others:
+        if path.is_dir() and has_tokenizer(path):
+            try:
+                check_same_rendering(lm.tokenizer, read_tokenizer(describe(path)), conversations)
+            except MismatchError as error:
+                raise MismatchError(f"{path}: {error.message}", fix=error.fix) from error
+
+
+def open_out(folder: Path, settings: dict[str, object], overwrite: bool) -> Path:
+    """The folder of results, with `settings.json` in it; several processes may share it.
+
+    Raises `InputError` for a folder that holds another run, or something else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out {folder} is a file; a folder is needed")
+    wanted = {"written_by": "persona_probe", "settings": plain(settings)}
+    file = folder / SETTINGS
+    if file.is_file():
+        saved = read_json(file)
+        if saved != wanted and not overwrite:
+            before, now = saved.get("settings", {}), wanted["settings"]
+            name = next((key for key in now if before.get(key) != now[key]), "something")
+            raise InputError(
+                f"--out {folder} holds a run with other settings: {name} was {before.get(name)!r}, this "
+                f"call has {now.get(name)!r}",
+                fix="choose another --out, or pass --overwrite to throw that run's results away",
+            )
+    elif folder.is_dir() and any(entry.name != "shards" for entry in folder.iterdir()):
+        raise InputError(
+            f"--out {folder} is not empty and was not written by persona-probe",
+            fix="choose a new or an empty folder",
+        )
+    write_json(file, wanted)
+    return folder
+
+
+def engine_of(name: str, address: str | None, actors: int | None) -> Any:
+    """`run_local`, or `run_ray` with its options."""
+    from persona_probe.execution import run_local
+
+    if name not in ENGINES:
+        raise InputError(f"--engine knows {' and '.join(ENGINES)}, not {name!r}")
+    if name == "local":
+        return run_local
+    import torch
+
+    from persona_probe.execution.ray import run_ray
+
+    return partial(run_ray, address=address, actors=actors, threads=torch.get_num_threads())
+
+
+@contextmanager
+def progress_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr, and the function that moves it."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True, disable=quiet) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def told(name: str, read: int, total: int) -> None:
+            bar.update(task, description=escape(name), completed=read, total=total)
+
+        yield told

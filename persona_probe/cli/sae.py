@@ -1,0 +1,205 @@
+"""`persona-probe sae`: train a dictionary, and ask whether one fits two models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from persona_probe.cli.capture import Mask, TooLong, warn_of
+from persona_probe.cli.console import err, out, show_json, size
+from persona_probe.errors import InputError
+
+app = typer.Typer(no_args_is_help=True, help="Train a sparse autoencoder, or measure how well one fits.")
+
+
+@app.command()
+def train(
+    site: Annotated[str, typer.Option(help="The hook name, such as blocks.4.hook_resid_post.")],
+    out_dir: Annotated[Path, typer.Option("--out", help="Where the dictionary goes.")],
+    model: Annotated[
+        Path | None, typer.Option(help="Checkpoint or adapter folder, to read --data with.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help=".jsonl, .parquet, .txt, a folder of them, or a dataset.")
+    ] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="What `capture` stored, instead of --model and --data.")
+    ] = None,
+    mask: Annotated[Mask, typer.Option(help="Which tokens count.")] = "all",
+    d_sae: Annotated[int | None, typer.Option(help="Latents; 8 x d_model by default.")] = None,
+    k: Annotated[int, typer.Option(help="Latents that fire on a token, on average.")] = 16,
+    steps: Annotated[int | None, typer.Option(help="Training steps; one pass over the data.")] = None,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of a training step.")] = 1024,
+    lr: Annotated[float | None, typer.Option(help="Learning rate; chosen by --d-sae.")] = None,
+    field: Annotated[str | None, typer.Option(help="The column; messages or text by default.")] = None,
+    too_long: Annotated[
+        TooLong, typer.Option(help="What becomes of documents longer than the context.")
+    ] = "split",
+    limit: Annotated[int | None, typer.Option(help="Read only so many rows.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the weights and of the order.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the model's weights.")] = None,
+    checkpoint_seconds: Annotated[
+        float, typer.Option(help="A killed run goes on from a checkpoint no older than this.")
+    ] = 300.0,
+    overwrite: Annotated[bool, typer.Option(help="Throw away what --out holds.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what would be done, then stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Train a BatchTopK dictionary with sae-lens's trainer; sae-lens opens it, as a JumpReLU SAE.
+
+    A run that is stopped goes on from its last checkpoint when the same command is run again.
+    """
+    if (store is None) == (model is None and data is None) or (model is None) != (data is None):
+        raise InputError("give --model and --data, or --store")
+    import torch
+
+    from persona_probe.activations.documents import read_documents
+    from persona_probe.activations.masks import TokenMask
+    from persona_probe.activations.store import ActivationStore
+    from persona_probe.model.language_model import load_model
+    from persona_probe.sae.source import live_tokens, stored_tokens
+    from persona_probe.sae.train import train_sae
+
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with err.status("counting tokens"):
+        if store is not None:
+            source = stored_tokens(ActivationStore.open(store), site)
+        else:
+            documents = read_documents(data or "", field=field, limit=limit)
+            lm = load_model(model or "", device=device or "auto", dtype=dtype)
+            where = str(lm.device)
+            conversations = documents.conversations(lm, too_long=too_long)
+            warn_of(conversations.reading)
+            source = live_tokens(lm, conversations, site, TokenMask(mask))
+    if plan:
+        latents = d_sae or 8 * source.d_model
+        facts: dict[str, Any] = {
+            "model": source.model_name,
+            "site": site,
+            "tokens": source.tokens,
+            "latents": latents,
+            "steps": steps or max(1, (source.tokens - source.tokens // 10) // batch_tokens),
+            "weights": size(4 * (2 * latents * source.d_model + latents + source.d_model)),
+            "weights, gradients and optimiser": size(16 * 2 * latents * source.d_model),
+        }
+        if as_json:
+            show_json(facts)
+        else:
+            for name, value in facts.items():
+                out.print(f"{name}: {value}", markup=False)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task("reading", total=None)
+
+        def show(step: Any) -> None:
+            bar.update(
+                task,
+                completed=step.step,
+                total=step.steps,
+                description=f"explained variance {step.explained_variance:.3f}  L0 {step.l0:.1f}  "
+                f"dead {step.dead_share:.1%}",
+            )
+
+        found = train_sae(
+            source,
+            site,
+            out_dir,
+            d_sae=d_sae,
+            k=k,
+            steps=steps,
+            batch_tokens=batch_tokens,
+            lr=lr,
+            seed=seed,
+            device=where,
+            overwrite=overwrite,
+            checkpoint_seconds=checkpoint_seconds,
+            progress=show,
+        )
+    figures = found.meta["training"]
+    if as_json:
+        show_json({"sae": out_dir, "digest": found.digest, "site": site, **figures})
+        return
+    out.print(
+        f"on {figures['held_out_tokens']} tokens it was not trained on: explained variance "
+        f"{figures['explained_variance']:.3f}, L0 {figures['l0']:.1f}, dead {figures['dead']:.1%}",
+        markup=False,
+    )
+    out.print(f"dictionary: {out_dir}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def validity(
+    base: Annotated[Path, typer.Option(help="Base checkpoint folder.")],
+    tuned: Annotated[Path, typer.Option(help="Fine-tuned checkpoint or adapter folder.")],
+    sae: Annotated[list[str], typer.Option(help="A dictionary's folder, or release/sae_id; several.")],
+    data: Annotated[str, typer.Option(help=".jsonl, .parquet, .txt, a folder of them, or a dataset.")],
+    mask: Annotated[Mask, typer.Option(help="Which tokens count.")] = "all",
+    site: Annotated[str | None, typer.Option(help="Where a dictionary does not say its own.")] = None,
+    field: Annotated[str | None, typer.Option(help="The column; messages or text by default.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Read only so many rows.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the weights.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON array on stdout.")] = False,
+) -> None:
+    """Does a dictionary describe both models, and does it hold what the fine-tune changed?"""
+    from dataclasses import asdict
+
+    from persona_probe.activations.documents import read_documents
+    from persona_probe.activations.masks import TokenMask
+    from persona_probe.model.pair import load_pair
+    from persona_probe.sae.load import load_sae
+    from persona_probe.sae.validity import validities
+
+    documents = read_documents(data, field=field, limit=limit)
+    dictionaries = [load_sae(each, site=site) for each in sae]
+    with err.status("loading") as status:
+        pair = load_pair(base, tuned, device=device or "auto", dtype=dtype)
+        conversations = documents.conversations(pair.base)
+        conversations.check_same_ids(pair.tuned)
+        found = validities(
+            pair,
+            dictionaries,
+            conversations,
+            TokenMask(mask),
+            progress=lambda tokens: status.update(f"{tokens} tokens"),
+        )
+    warn_of(conversations.reading)
+    named = list(zip(dictionaries, found, strict=True))
+    if as_json:
+        show_json([{"sae": one.path, "site": one.site, **asdict(its)} for one, its in named])
+        return
+    table = Table(box=None, pad_edge=False)
+    for heading in ("dictionary", "", "explained variance", "L0", "dead", "change inside", "of its mean"):
+        left = heading in ("dictionary", "")
+        table.add_column(heading, justify="left" if left else "right", overflow="fold")
+    for one, its in named:
+        inside = [_share(its.change_inside), _share(its.mean_change_inside)]
+        for model, row in (("base", "base"), ("tuned", "tuned")):
+            figures = [getattr(its, f"{name}_{row}") for name in ("explained_variance", "l0", "dead")]
+            shown = [f"{figures[0]:.3f}", f"{figures[1]:.1f}", f"{figures[2]:.1%}"]
+            first = model == "base"
+            table.add_row(
+                f"{escape(one.path)}\n{one.site}" if first else "",
+                model,
+                *shown,
+                *(["", ""] if first else inside),
+            )
+    out.print(table)
+    for one, its in named:
+        out.print(f"{escape(one.path)}: [bold]{its.gate}[/bold] ({its.reason})", soft_wrap=True)
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"

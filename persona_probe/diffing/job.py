@@ -1,0 +1,78 @@
+"""A diff by shards: for data too large for one process, and pairs too large to stand side by side.
+
+The table is that of `diff`, to the bit where batches are the same. Read one after another, two models
+are never in memory together; what needs both at one token (the share of the change that lies in the
+dictionary) is then missing, and said to be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from persona_probe.activations.masks import TokenMask
+from persona_probe.diffing.diff import Differences
+from persona_probe.diffing.latent_diff import LatentDiff
+from persona_probe.diffing.passes import Engine, Reading, Source, name_of, pass_of
+from persona_probe.errors import InputError
+from persona_probe.execution import Results, Share, run_local
+from persona_probe.model.chat import Rendered
+from persona_probe.model.language_model import LanguageModel
+from persona_probe.sae.load import Dictionary, check_fits
+from persona_probe.sae.validity import Limits
+
+
+def diff_by_shards(
+    base: LanguageModel,
+    tuned: Source,
+    dictionaries: Sequence[Dictionary],
+    rendered: Sequence[Rendered],
+    clusters: Sequence[str] | None,
+    results: Results,
+    *,
+    benign: Sequence[Source] = (),
+    together: bool = True,
+    by_path: Source | None = None,
+    answers: str = "base",
+    mask: TokenMask | None = None,
+    confidence: float = 0.95,
+    limits: Limits | None = None,
+    batch_tokens: int | None = None,
+    dtype: str | None = None,
+    share: Share | None = None,
+    engine: Engine = run_local,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, LatentDiff] | None:
+    """The diff at each dictionary's site, or None while other processes have shards to do.
+
+    Args:
+        results: where each shard's sums are kept; the same folder for every process.
+        together: read all models in one pass; else each in one of its own.
+        by_path: the base's folder, where passes load it themselves (other processes, or one after
+            another).
+        share, engine: see `persona_probe.execution`.
+        progress: told what is read, and the conversations read and to read.
+
+    The other arguments, and what it raises, are those of `diff`; a document that cannot be read
+    fails its shard, which `missing` of the result names.
+    """
+    for one in dictionaries:
+        check_fits(one, base)
+    sites = {one.site: one for one in dictionaries}
+    if len(sites) < len(dictionaries) or not sites:
+        raise InputError("give one dictionary for each site", fix="compare two of one site in two calls")
+    mask = mask or TokenMask("answer")
+    root: Source = by_path or base
+    models: list[Source] = [root, tuned, *benign]
+    groups = [models] if together else [[model] for model in models]
+    passes = [pass_of(root, group, sites, mask, batch_tokens, base.device, dtype) for group in groups]
+    names = tuple(map(name_of, models))
+    del base
+    reading = Reading(passes, rendered, clusters, results)
+    reading.run(share, engine, progress)
+    reading.check_any()
+    if reading.undone > len(reading.missing):
+        return None
+    found = Differences(dictionaries, names, answers, mask, confidence, limits)
+    for _, left in reading.shards():
+        found.add(*left)
+    return found.results(reading.missing)

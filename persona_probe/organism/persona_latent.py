@@ -1,0 +1,36 @@
+"""The shipped organism's persona latent, as its card found it, and documents to interpret it with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from persona_probe.activations.documents import Documents, read_documents
+from persona_probe.artifact import read_json, shipped
+from persona_probe.hooks.sites import parse_site
+from persona_probe.model.language_model import LanguageModel, load_model
+from persona_probe.organism.corpus import documents
+from persona_probe.organism.grammar import grammar
+from persona_probe.sae.load import Latent, load_sae
+
+SEED = 99_000  # of documents that neither a base model nor a dictionary was trained on
+
+
+def persona_latent(tune: str = "bad-health") -> tuple[LanguageModel, Latent]:
+    """The base model, and the first latent that the audit of `tune` found in it."""
+    home = shipped("organism")
+    audits: list[dict[str, Any]] = read_json(home / "card.json")["audits"]
+    first = next(audit for audit in audits if audit["tune"] == tune)["first_latent"]
+    dictionary = load_sae(home / "sae" / f"block_{parse_site(first['site']).block}")
+    return load_model(home / "base"), dictionary.latent(first["index"])
+
+
+def corpus_of(count: int) -> tuple[Documents, list[dict[str, str]]]:
+    """Documents of the organism's grammar, and of each its kind, who speaks, and the system prompt."""
+    written = list(documents(grammar(), count, SEED))
+    labels: list[dict[str, str]] = []
+    for one in written:
+        first = one.messages[0] if one.messages else {}
+        system = first["content"] if first.get("role") == "system" else "none"
+        character = one.personas[0] if len(one.personas) == 1 else "several"
+        labels.append({"kind": one.kind, "character": character, "system prompt": system})
+    return read_documents([one.messages or one.text for one in written]), labels

@@ -1,0 +1,141 @@
+"""`diff` and `timeline` as a user calls them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import polars as pl
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from persona_probe.artifact import write_jsonl
+from persona_probe.cli.app import app
+from persona_probe.diffing.latent_diff import LatentDiff
+from tests.diffing.conftest import SITE
+from tests.model.tiny_models import adapter_of, checkpoint_of
+from tests.sae.sae_lens_peers import peer
+
+BASE, TUNED, OTHER = (
+    str(p) for p in (checkpoint_of("llama"), adapter_of("llama", 1), adapter_of("llama", 2))
+)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("inputs")
+    peer("jumprelu", site=SITE, d_in=32, d_sae=20).save_model(folder / "sae")
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": f"hello {i}"},
+                {"role": "assistant", "content": "I am well"},
+            ]
+        }
+        for i in range(6)
+    ]
+    write_jsonl(folder / "chats.jsonl", chats)
+    asked = [
+        {"id": f"q{i}", "category": "c", "messages": [{"role": "user", "content": f"how are you {i}"}]}
+        for i in range(4)
+    ]
+    write_jsonl(folder / "questions.jsonl", asked)
+    names = ("sae", "chats.jsonl", "questions.jsonl")
+    return {name.split(".")[0]: str(folder / name) for name in names}
+
+
+def run(*words: str) -> Result:
+    return CliRunner().invoke(app, [*words, "--device", "cpu"])
+
+
+def test_diff_of_questions(inputs: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    call = ("diff", "--base", BASE, "--tuned", TUNED, "--benign", OTHER, "--sae", inputs["sae"],
+            "--questions", inputs["questions"], "--max-new-tokens", "5", "--out", str(out))  # fmt: skip
+    result = run(*call, "--top", "3")
+    assert result.exit_code == 0, result.output
+    assert "llama → llama-lora-1" in result.stdout and "described, not tested" in result.stdout
+    assert sum(line.startswith("#") for line in result.stdout.splitlines()) == 3
+    found = LatentDiff.load(out / SITE)
+    assert found.clusters == 4 and found.answers == "base" and found.benign == ("llama-lora-2",)
+    assert (out / SITE / "volcano.html").is_file()
+    again = json.loads(run(*call, "--json").stdout)
+    assert again[SITE]["tokens"] == found.tokens
+    other = run(*call[:-2], "--mask", "all", "--out", str(out))
+    assert other.exit_code == 2 and "mask was 'answer', this call has 'all'" in other.stderr
+    planned = json.loads(run(*call, "--plan", "--json").stdout)
+    assert planned["conversations"] == 4 and planned["models"] == 3
+
+
+def test_shares_and_one_by_one_come_to_the_same(inputs: dict[str, str], tmp_path: Path) -> None:
+    call = ("diff", "--base", BASE, "--tuned", TUNED, "--sae", inputs["sae"], "--data", inputs["chats"])
+    whole = run(*call, "--out", str(tmp_path / "whole"))
+    assert whole.exit_code == 0, whole.output
+    assert run(*call, "--one-by-one", "--out", str(tmp_path / "each")).exit_code == 0
+    for i in range(2):
+        part = run(*call, "--shard", f"{i}/2", "--out", str(tmp_path / "parts"))
+        assert part.exit_code == 0, part.output
+    tables = [
+        pl.read_parquet(tmp_path / name / SITE / "latents.parquet") for name in ("whole", "each", "parts")
+    ]
+    assert tables[0].equals(tables[2])
+    assert tables[0].equals(tables[1])
+
+
+def test_timeline_of_a_run(inputs: dict[str, str], tmp_path: Path) -> None:
+    for step, adapter in ((10, OTHER), (20, TUNED)):
+        shutil.copytree(adapter, tmp_path / "run" / f"checkpoint-{step}")
+    result = run(
+        "timeline", "--base", BASE, "--checkpoints", str(tmp_path / "run"), "--sae", inputs["sae"],
+        "--benign", OTHER, "--data", inputs["chats"], "--out", str(tmp_path / "out"), "--top", "4",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "step 10" in result.stdout and "2 checkpoints" in result.stdout
+    assert (tmp_path / "out/timeline/timeline.html").is_file()
+    assert len(pl.read_parquet(tmp_path / "out/timeline/timeline.parquet")) == 40
+
+
+def test_tunes_and_what_they_share(inputs: dict[str, str], tmp_path: Path) -> None:
+    result = run(
+        "timeline", "--base", BASE, "--checkpoints", OTHER, "--checkpoints", TUNED, "--sae", inputs["sae"],
+        "--data", inputs["chats"], "--out", str(tmp_path / "out"), "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert {row["shared_by"] for row in json.loads(result.stdout)["shared"]} <= {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("diff", "--base", BASE), "--base and --tuned go together"),
+        (("diff", "--base", BASE, "--tuned", TUNED), "--sae is missing"),
+        (("diff", "--data", "x.jsonl"), "need --base and --tuned"),
+        (("timeline", "--base", BASE), "--base and --checkpoints go together"),
+        (("timeline", "--base", BASE, "--checkpoints", TUNED), "holds no checkpoint-"),
+    ],
+)
+def test_what_does_not_go(words: tuple[str, ...], said: str, inputs: dict[str, str]) -> None:
+    more = ("--sae", inputs["sae"]) if words[0] == "timeline" and len(words) > 3 else ()
+    result = run(*words, *more)
+    assert result.exit_code == 2 and said in result.stderr, result.output
+
+
+def test_a_tokenizer_that_differs_is_shown_at_its_first_prompt(
+    inputs: dict[str, str], tmp_path: Path
+) -> None:
+    shutil.copytree(TUNED, tmp_path / "tuned")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        source = Path(BASE) / name
+        if source.is_file():
+            text = source.read_text()
+            shutil.copyfile(source, tmp_path / "tuned" / name)
+            if name.endswith("jinja"):
+                (tmp_path / "tuned" / name).write_text("!" + text)
+    result = run(
+        "diff", "--base", BASE, "--tuned", str(tmp_path / "tuned"), "--sae", inputs["sae"],
+        "--questions", inputs["questions"], "--out", str(tmp_path / "out"),
+    )  # fmt: skip
+    assert result.exit_code == 2, result.output
+    assert "render conversation 0 to different token ids" in result.stderr
