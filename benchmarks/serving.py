@@ -40,6 +40,9 @@ NEAR_TIE = 1e-4
 TURNS = 5
 
 
+Fixes = dict[str, tuple[Intervention, ...]]
+
+
 class Asked(NamedTuple):
     messages: tuple[Message, ...]
     fix: str
@@ -47,49 +50,45 @@ class Asked(NamedTuple):
 
 def run(quick: bool) -> list[Figure]:
     """Errors, equality with solo answers, throughput, and memory over many short requests."""
-    per_turn, alone, short = (40, 8, 500) if quick else (200, 40, 10_000)
     torch.set_num_threads(1)
     lm = load_model(
         shipped("organism", "base"), adapter=shipped("organism", "tunes", "bad-health")
     ).merged()
     fixes = _fixes(lm)
-    # each is asked twice, in other company
-    asked = 2 * _requests(list(fixes), per_turn * TURNS // 2)
     with tempfile.TemporaryDirectory() as folder:
         for name, fix in fixes.items():
             if fix:
                 save_fix(fix, Path(folder) / name)
-        with _server(folder) as (root, process):
-            replies: list[dict[str, Any]] = []
-            rates: list[tuple[float, float]] = []
-            asyncio.run(_ask_all(root, asked[:20], 4))  # a cold server's first answers are not counted
-            for turn in range(TURNS):
-                some = asked[turn * per_turn : (turn + 1) * per_turn]
-                together, seconds = _timed(root, some, CLIENTS)
-                _, seconds_alone = _timed(root, some[:alone], 1)
-                replies += together
-                rates.append((per_turn / seconds, alone / seconds_alone))
-            _short(root, asked, 1000 if not quick else 200)
-            before = process.memory_info().rss
-            shorts = _short(root, asked, short)
-            drift = (process.memory_info().rss - before) / 2**20
-    errors = sum("choices" not in reply for reply in (*replies, *shorts))
+        return [
+            *under_load(lm, fixes, folder, *((40, 8) if quick else (200, 40))),
+            *short_requests(fixes, folder, 500 if quick else 10_000),
+        ]
+
+
+def under_load(
+    lm: LanguageModel, fixes: Fixes, folder: str, per_turn: int, alone: int
+) -> list[Figure]:
+    """Five turns of `per_turn` requests by 64 clients and `alone` of them again by one client."""
+    # each is asked twice, in other company
+    asked = 2 * _requests(list(fixes), per_turn * TURNS // 2)
+    replies: list[dict[str, Any]] = []
+    rates: list[tuple[float, float]] = []
+    with _server(folder) as (root, _):
+        asyncio.run(_ask_all(root, asked[:20], 4))  # a cold server's first answers are not counted
+        for turn in range(TURNS):
+            some = asked[turn * per_turn : (turn + 1) * per_turn]
+            together, seconds = _timed(root, some, CLIENTS)
+            _, seconds_alone = _timed(root, some[:alone], 1)
+            replies += together
+            rates.append((per_turn / seconds, alone / seconds_alone))
+    n, errors = len(replies), _errors(replies)
     differing, near_ties = _compared(lm, fixes, asked, replies)
-    speed = statistics.median(one for one, _ in rates)
-    speed_alone = statistics.median(one for _, one in rates)
+    speed, speed_alone = (statistics.median(column) for column in zip(*rates, strict=True))
     ratio = statistics.median(one / other for one, other in rates)
-    n = len(replies)
+    alike, solo = f"of {n} ({near_ties} near-ties aside)", "Hugging Face generate, one row"
     return [
-        Figure("errors", errors, f"of {n + len(shorts)} requests", "", None, "0", errors == 0),
-        Figure(
-            "greedy answers unlike their solo answer",
-            differing,
-            f"of {n} ({near_ties} near-ties aside)",
-            "Hugging Face generate, one row",
-            None,
-            "0",
-            differing == 0,
-        ),
+        Figure("errors under load", errors, f"of {n} requests", "", None, "0", errors == 0),
+        Figure("answers unlike their solo answer", differing, alike, solo, None, "0", differing == 0),
         Figure(
             f"throughput, {CLIENTS} clients, {len(fixes)} interventions",
             speed,
@@ -99,13 +98,29 @@ def run(quick: bool) -> list[Figure]:
             ">= 5x one at a time",
             ratio >= 5,
         ),
-        Figure(
-            f"memory after {short} short requests", drift, "MiB more", "", None, "<= 16 MiB", drift <= 16
-        ),
     ]
 
 
-def _fixes(lm: LanguageModel) -> dict[str, tuple[Intervention, ...]]:
+def short_requests(fixes: Fixes, folder: str, n: int) -> list[Figure]:
+    """What `n` answers of one token leave in the server's memory, after a tenth as many to warm up."""
+    asked = _requests(list(fixes), 400)
+    with _server(folder) as (root, process):
+        _short(root, asked, max(200, n // 10))
+        before = process.memory_info().rss
+        replies = _short(root, asked, n)
+        drift = (process.memory_info().rss - before) / 2**20
+    errors = _errors(replies)
+    return [
+        Figure("errors, short requests", errors, f"of {n} requests", "", None, "0", errors == 0),
+        Figure(f"memory after {n} short requests", drift, "MiB more", "", None, "<= 16 MiB", drift <= 16),
+    ]
+
+
+def _errors(replies: Sequence[dict[str, Any]]) -> int:
+    return sum("choices" not in reply for reply in replies)
+
+
+def _fixes(lm: LanguageModel) -> Fixes:
     near, deep = (load_sae(shipped("organism", "sae", f"block_{block}")) for block in (2, 4))
     villain, other = latents(deep, [1234]), latents(near, [1239])
     random_direction = direction(torch.randn(lm.d_model, generator=torch.Generator().manual_seed(0)))
@@ -153,7 +168,8 @@ def _timed(root: str, asked: Sequence[Asked], clients: int) -> tuple[list[dict[s
 
 def _short(root: str, asked: Sequence[Asked], n: int) -> list[dict[str, Any]]:
     some = [asked[i % len(asked)] for i in range(n)]
-    return asyncio.run(_ask_all(root, some, CLIENTS, max_tokens=1))
+    # fewer clients: it is memory that is looked at, and httpx itself is slow with many connections
+    return asyncio.run(_ask_all(root, some, CLIENTS // 4, max_tokens=1))
 
 
 async def _ask_all(
@@ -182,7 +198,7 @@ async def _ask_all(
 
 def _compared(
     lm: LanguageModel,
-    fixes: dict[str, tuple[Intervention, ...]],
+    fixes: Fixes,
     asked: Sequence[Asked],
     replies: Sequence[dict[str, Any]],
 ) -> tuple[int, int]:

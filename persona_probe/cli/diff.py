@@ -72,7 +72,6 @@ def diff(
         sae, questions = [str(path) for path in request.sae], str(request.questions)
     if not sae:
         raise InputError("--sae is missing", fix="a dictionary's folder, or release/sae_id of sae-lens")
-    from persona_probe.activations.masks import TokenMask
     from persona_probe.diffing.job import diff_by_shards
     from persona_probe.execution import Results, read_share
     from persona_probe.model.language_model import load_model
@@ -91,7 +90,7 @@ def diff(
         return
     settings: dict[str, object] = {
         "base": base, "tuned": tuned, "benign": harmless, "sae": [one.digest for one in dictionaries],
-        "questions": questions, "data": data, "mask": texts.mask, "limit": limit,
+        "questions": questions, "data": data, "mask": texts.mask.kind, "limit": limit,
         "max_new_tokens": max_new_tokens, "one_by_one": one_by_one, "batch_tokens": batch_tokens,
         "device": device, "dtype": dtype,
     }  # fmt: skip
@@ -104,7 +103,7 @@ def diff(
         found = diff_by_shards(
             holder.pop(), tuned, dictionaries, texts.rendered, texts.clusters, results, benign=harmless,
             together=not one_by_one, by_path=by_path, answers=texts.answers,
-            mask=TokenMask(texts.mask), batch_tokens=batch_tokens, dtype=dtype, share=share, engine=run,
+            mask=texts.mask, batch_tokens=batch_tokens, dtype=dtype, share=share, engine=run,
             progress=told,
         )  # type: ignore[arg-type]  # fmt: skip
     if found is None:
@@ -161,13 +160,13 @@ def show_diff(found: Any, n: int) -> None:
 
 
 def _show_plan(lm: Any, texts: Any, dictionaries: Any, n_models: int, as_json: bool) -> None:
-    from persona_probe.diffing.shards import cut
+    from persona_probe.diffing.shards import cut, shard_tokens
 
     weights = sum(p.numel() * p.element_size() for p in lm.hf.parameters())
     facts = {
         "conversations": len(texts.rendered),
         "tokens": sum(map(len, texts.rendered)),
-        "shards": len(cut(texts.rendered, texts.clusters)),
+        "shards": len(cut(texts.rendered, texts.clusters, shard_tokens(lm.device))),
         "models": n_models,
         "sites": [one.site for one in dictionaries],
         "bytes of the base's weights": weights,

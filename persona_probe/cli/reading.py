@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -28,7 +28,7 @@ class Texts:
     clusters: Sequence[str] | None
     answers: str
     """Whose answers they hold; "data" for documents that came with theirs."""
-    mask: str
+    mask: Any
 
 
 def read_texts(
@@ -46,6 +46,7 @@ def read_texts(
     `others` are checkpoints whose tokenizer must give the same ids. Raises `InputError` for neither
     and for both, `MismatchError` naming the first prompt that differs.
     """
+    from persona_probe.activations.document import Document
     from persona_probe.activations.documents import read_documents
     from persona_probe.evaluation.questions import load_questions
     from persona_probe.evaluation.sampling import respond_greedy, transcripts
@@ -58,8 +59,8 @@ def read_texts(
         documents = read_documents(data, limit=limit)
         conversations = documents.conversations(lm)
         warn_of(conversations.reading)
-        check_tokenizers(lm, others, [row.messages for row in documents if hasattr(row, "messages")])
-        return Texts(conversations, None, "data", mask or "all")
+        check_tokenizers(lm, others, [row.messages for row in documents if isinstance(row, Document)])
+        return Texts(conversations, None, "data", mask_of(mask or "all"))
     asked = [question for question in load_questions(questions or "") if question.role == "general"][:limit]
     if not asked:
         raise InputError(f"{questions} has no general question to ask")
@@ -67,7 +68,14 @@ def read_texts(
     with err.status(f"{escape(lm.name)} answers {len(asked)} questions"):
         answers = respond_greedy(lm, asked, max_new_tokens=max_new_tokens)
     clusters = [question.question for question in asked]
-    return Texts(transcripts(lm, answers), clusters, "base", mask or "answer")
+    return Texts(transcripts(lm, answers), clusters, "base", mask_of(mask or "answer"))
+
+
+def mask_of(kind: str) -> Any:
+    """The mask of that name. Raises `InputError` listing those there are."""
+    from persona_probe.activations.masks import TokenMask
+
+    return TokenMask(cast("Any", kind))
 
 
 def check_tokenizers(lm: Any, others: Sequence[Path], conversations: Sequence[Any]) -> None:
@@ -91,12 +99,13 @@ def open_out(folder: Path, settings: dict[str, object], overwrite: bool) -> Path
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {folder} is a file; a folder is needed")
-    wanted = {"written_by": "persona_probe", "settings": plain(settings)}
+    now: dict[str, Any] = plain(settings)
+    wanted = {"written_by": "persona_probe", "settings": now}
     file = folder / SETTINGS
     if file.is_file():
         saved = read_json(file)
         if saved != wanted and not overwrite:
-            before, now = saved.get("settings", {}), wanted["settings"]
+            before: dict[str, Any] = saved.get("settings", {})
             name = next((key for key in now if before.get(key) != now[key]), "something")
             raise InputError(
                 f"--out {folder} holds a run with other settings: {name} was {before.get(name)!r}, this "
@@ -128,7 +137,7 @@ def engine_of(name: str, address: str | None, actors: int | None) -> Any:
 
 
 @contextmanager
-def progress_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+def progress_bar(quiet: bool) -> Generator[Callable[[str, int, int], None], None, None]:
     """A bar on stderr, and the function that moves it."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True, disable=quiet) as bar:

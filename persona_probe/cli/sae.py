@@ -180,25 +180,19 @@ def validity(
     if as_json:
         show_json([{"sae": one.path, "site": one.site, **asdict(its)} for one, its in named])
         return
-    table = Table(box=None, pad_edge=False)
-    for heading in ("dictionary", "", "explained variance", "L0", "dead", "change inside", "of its mean"):
-        left = heading in ("dictionary", "")
-        table.add_column(heading, justify="left" if left else "right", overflow="fold")
     for one, its in named:
-        inside = [_share(its.change_inside), _share(its.mean_change_inside)]
-        for model, row in (("base", "base"), ("tuned", "tuned")):
-            figures = [getattr(its, f"{name}_{row}") for name in ("explained_variance", "l0", "dead")]
-            shown = [f"{figures[0]:.3f}", f"{figures[1]:.1f}", f"{figures[2]:.1%}"]
-            first = model == "base"
-            table.add_row(
-                f"{escape(one.path)}\n{one.site}" if first else "",
-                model,
-                *shown,
-                *(["", ""] if first else inside),
+        out.print(f"{escape(one.path)} at {one.site}: [bold]{its.gate}[/bold]", soft_wrap=True)
+        table = Table(box=None)
+        for heading in ("", "explained variance", "L0", "dead", "of the change", "of its mean"):
+            table.add_column(heading, justify="right" if heading else "left")
+        for model in ("base", "tuned"):
+            explained, l0, dead = (
+                getattr(its, f"{name}_{model}") for name in ("explained_variance", "l0", "dead")
             )
-    out.print(table)
-    for one, its in named:
-        out.print(f"{escape(one.path)}: [bold]{its.gate}[/bold] ({its.reason})", soft_wrap=True)
+            inside = (its.change_inside, its.mean_change_inside) if model == "tuned" else ()
+            table.add_row(model, f"{explained:.3f}", f"{l0:.1f}", f"{dead:.1%}", *map(_share, inside))
+        out.print(table)
+        out.print(its.reason, markup=False, soft_wrap=True)
 
 
 def _share(value: float | None) -> str:

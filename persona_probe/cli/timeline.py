@@ -83,7 +83,6 @@ def timeline(
             raise InputError("two of --checkpoints have the same name", fix="rename one of the folders")
     if not (sae or fix):
         raise InputError("nothing to follow", fix="give --sae, or --with a fix whose directions are followed")
-    from persona_probe.activations.masks import TokenMask
     from persona_probe.diffing.timeline import points_of
     from persona_probe.diffing.timeline import timeline as follow
     from persona_probe.execution import read_share
@@ -109,14 +108,14 @@ def timeline(
     del lm
     settings: dict[str, object] = {
         "base": base, "benign": harmless, "sae": [one.digest for one in dictionaries], "with": fix,
-        "questions": questions, "data": data, "mask": texts.mask, "limit": limit,
+        "questions": questions, "data": data, "mask": texts.mask.kind, "limit": limit,
         "max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens, "device": device, "dtype": dtype,
     }  # fmt: skip
     folder = open_out(out_dir or Path("out") / f"timeline-{name}", settings, overwrite)
     with progress_bar(as_json) as told:
         found = follow(
             base, sources, dictionaries, texts.rendered, texts.clusters, directions=directions,
-            benign=harmless, mask=TokenMask(texts.mask), batch_tokens=batch_tokens, device=device or "auto",
+            benign=harmless, mask=texts.mask, batch_tokens=batch_tokens, device=device or "auto",
             dtype=dtype, cache=folder / "shards", share=share, engine=run, progress=told,
         )  # type: ignore[arg-type]  # fmt: skip
     found.save(folder / "timeline", overwrite=True)
@@ -155,18 +154,18 @@ def _show(found: Any, n: int) -> None:
         f"benign band: {escape(', '.join(found.benign)) or 'none (give --benign)'}"
     )
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("Δ from the base")
+    table.add_column("Δ from the base", no_wrap=True)
     for point in shown:
         table.add_column(escape(("step " if run else "") + point.name), justify="right", overflow="fold")
     if found.benign:
-        table.add_column("benign band", justify="right")
+        table.add_column("benign band", justify="right", no_wrap=True)
         table.add_column("first outside" if run else "outside", justify="right")
     first = {_key(row): row for row in found.first().iter_rows(named=True)} if found.benign else {}
     rows = found.table.partition_by("kind", "site", "index", "name", as_dict=True, maintain_order=True)
     for which in _chosen(found, n, run).iter_rows(named=True):
         its = {row["point"]: row for row in rows[_key(which)].iter_rows(named=True)}
-        block = which["site"].removesuffix(".hook_resid_post")
-        cells = [which["name"] or f"{block} #{which['index']}"]
+        block = which["site"].removeprefix("blocks.").removesuffix(".hook_resid_post")
+        cells = [which["name"] or f"block {block} #{which['index']}"]
         cells += [
             f"{its[point.name]['delta']:+.2g}{'*' if its[point.name]['outside'] else ''}" for point in shown
         ]

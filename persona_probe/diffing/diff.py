@@ -16,7 +16,7 @@ from typing import Literal, overload
 
 from persona_probe.activations.masks import TokenMask
 from persona_probe.diffing.latent_diff import LatentDiff, Missing
-from persona_probe.diffing.shards import ShardSums, cut, named, read_shard
+from persona_probe.diffing.shards import ShardSums, cut, named, read_shard, shard_tokens
 from persona_probe.diffing.tally import Tally
 from persona_probe.errors import InputError, NonFiniteError
 from persona_probe.model.chat import Rendered
@@ -107,7 +107,7 @@ def diff(
     on_device = {one.site: one.to(pair.base.device) for one in dictionaries}
     found = Differences(dictionaries, models, answers, mask, confidence, limits)
     read = 0
-    for shard in cut(rendered, clusters):
+    for shard in cut(rendered, clusters, shard_tokens(pair.base.device, batch_tokens)):
         texts = shard.conversations(rendered)
         try:
             found.add(read_shard(models, on_device, texts, shard, mask, batch_tokens=batch_tokens))

@@ -7,7 +7,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import polars as pl
 from safetensors.torch import load_file, save_file
@@ -188,7 +188,7 @@ class LatentDiff:
                 fix="pass the dictionary that it was made with",
             )
         means = SiteMeans(site=facts["site"], tokens=facts["tokens"], **load_file(path / "means.safetensors"))
-        validity = {
+        validity: dict[str, Any] = {
             name: math.nan if value is None and name not in _MAY_LACK else value
             for name, value in facts["validity"].items()
         }

@@ -9,7 +9,7 @@ import polars as pl
 
 from persona_probe.activations.masks import TokenMask
 from persona_probe.diffing.moments import Moments
-from persona_probe.diffing.shards import cut, named, read_shard
+from persona_probe.diffing.shards import cut, named, read_shard, shard_tokens
 from persona_probe.diffing.tally import t_quantile
 from persona_probe.errors import NonFiniteError
 from persona_probe.model.chat import Rendered
@@ -37,7 +37,7 @@ def latent_means(
     placed = {dictionary.site: dictionary.to(lm.device)}
     moments = Moments(1, dictionary.d_sae)
     read = 0
-    for shard in cut(rendered, clusters):
+    for shard in cut(rendered, clusters, shard_tokens(lm.device, batch_tokens)):
         texts = shard.conversations(rendered)
         try:
             sums = read_shard([lm], placed, texts, shard, mask or TokenMask("all"), batch_tokens=batch_tokens)

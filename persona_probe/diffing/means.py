@@ -13,7 +13,7 @@ from torch import Tensor
 
 from persona_probe.activations.masks import TokenMask
 from persona_probe.diffing.cluster_sums import ClusterSums
-from persona_probe.diffing.shards import cut, read_shard
+from persona_probe.diffing.shards import cut, read_shard, shard_tokens
 from persona_probe.diffing.statistics import cluster_mean
 from persona_probe.errors import InputError
 from persona_probe.model.chat import Rendered
@@ -120,7 +120,7 @@ def mean_difference(
         raise InputError("no site to read", fix="name one, such as blocks.3.hook_resid_post")
     nothing = {site: None for site in sites}
     sums = {site: MeanSums(len(models), models[0].d_model) for site in sites}
-    for shard in cut(rendered, clusters):
+    for shard in cut(rendered, clusters, shard_tokens(models[0].device, batch_tokens)):
         read = read_shard(
             models, nothing, shard.conversations(rendered), shard, mask, batch_tokens=batch_tokens
         )

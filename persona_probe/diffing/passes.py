@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,17 @@ from persona_probe.activations.masks import TokenMask
 from persona_probe.activations.stream import batch_tokens_for
 from persona_probe.artifact import digest_folder, digest_of
 from persona_probe.diffing.latent_diff import Missing
-from persona_probe.diffing.shards import Places, Shard, ShardSums, cut, named, pack, read_shard, unpack
+from persona_probe.diffing.shards import (
+    Places,
+    Shard,
+    ShardSums,
+    cut,
+    named,
+    pack,
+    read_shard,
+    shard_tokens,
+    unpack,
+)
 from persona_probe.errors import InputError, NonFiniteError
 from persona_probe.execution import Done, Results, Share, Task, Worker, run_local
 from persona_probe.model.chat import Rendered
@@ -58,6 +69,7 @@ class Pass:
     names: tuple[str, ...]
     digest: str
     """Of the models, dictionaries and settings."""
+    shard_tokens: int
     open: Callable[[], Worker]
     """Loads the models; picklable where it is sent to other processes."""
 
@@ -91,7 +103,7 @@ class Opening:
 
     def load(self, source: Source, base: Source) -> LanguageModel:
         """One model, on the weights of `base` where it is an adapter and `base` in memory."""
-        options = {"device": self.device, "dtype": self.dtype}
+        options: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
         if isinstance(source, LanguageModel):
             return source
         if isinstance(base, LanguageModel):
@@ -125,7 +137,8 @@ def pass_of(
         "dtype": dtype,
     }
     opening = Opening(base, tuple(models), dictionaries, mask, batch_tokens, str(device), dtype)
-    return Pass(tuple(map(name_of, models)), digest_of(settings), opening)
+    size = shard_tokens(device, batch_tokens)
+    return Pass(tuple(map(name_of, models)), digest_of(settings), size, opening)
 
 
 def name_of(source: Source) -> str:
@@ -161,8 +174,8 @@ class Reading:
         self._passes = passes
         self._data = data
         self._results = results
-        self._shards = cut(data, clusters)
-        self._digests = [_digest(shard, shard.conversations(data)) for shard in self._shards]
+        self._shards = cut(data, clusters, passes[0].shard_tokens)
+        self._digests: dict[int, str] = {}
         self._why: dict[int, str] = {}
         self.done: list[Done] = []
         """How each pass went in this process."""
@@ -225,6 +238,8 @@ class Reading:
 
     def _key(self, number: int, shard: Shard) -> str:
         first, this = self._passes[0].digest, self._passes[number].digest
+        if shard.number not in self._digests:
+            self._digests[shard.number] = _digest(shard, shard.conversations(self._data))
         return digest_of([first, this, self._digests[shard.number]])
 
     def _task(self, number: int, shard: Shard) -> Task:

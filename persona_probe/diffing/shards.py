@@ -1,6 +1,6 @@
 """Shards of a job: fixed by the data, read by any process, written as one file each.
 
-A shard is a run of whole clusters of about `SHARD_TOKENS` tokens. Which conversations it holds depends
+A shard is a run of whole clusters of about `SHARD_BATCHES` batches. Which conversations it holds depends
 on the data alone, and what is added up over it on those, so that shards merged in their order give the
 same bits whoever read them.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from persona_probe.activations.documents import Conversations, place_of
 from persona_probe.activations.masks import TokenMask
-from persona_probe.activations.stream import stream
+from persona_probe.activations.stream import batch_tokens_for, stream
 from persona_probe.diffing.cluster_sums import ClusterSums, Counting
 from persona_probe.diffing.statistics import number_clusters
 from persona_probe.errors import InputError, MismatchError, NonFiniteError
@@ -26,7 +26,8 @@ from persona_probe.model.chat import Rendered
 from persona_probe.model.language_model import LanguageModel
 from persona_probe.sae.load import Dictionary
 
-SHARD_TOKENS = 32_768
+SHARD_BATCHES = 16
+"""A shard is of so many batches: enough to sort by length, few enough that its sums are small."""
 
 Places = dict[int, list[int]]
 """Positions of tokens, by conversation."""
@@ -53,9 +54,7 @@ class Shard:
         return [place_of(data, i) for i in self.indices]
 
 
-def cut(
-    data: Sequence[Rendered], clusters: Sequence[str] | None = None, tokens: int = SHARD_TOKENS
-) -> list[Shard]:
+def cut(data: Sequence[Rendered], clusters: Sequence[str] | None, tokens: int) -> list[Shard]:
     """Shards of whole clusters, each of at least `tokens` tokens but the last.
 
     `clusters` names each conversation's question; by default each is its own. Conversations of a
@@ -90,6 +89,11 @@ def cut(
             shards.append(_shard(len(shards), held))
             held, count = [], 0
     return [*shards, _shard(len(shards), held)] if held else shards
+
+
+def shard_tokens(device: torch.device, batch_tokens: int | None = None) -> int:
+    """How many tokens a shard holds, at least."""
+    return SHARD_BATCHES * (batch_tokens or batch_tokens_for(device))
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -51,14 +50,13 @@ def continue_prompts(
     max_new_tokens: int,
     stop_ids: Sequence[int],
     pad_id: int,
-    steering: Callable[[Sequence[int]], AbstractContextManager[object]],
+    regrouped: Callable[[Int[Tensor, " row"]], object],
 ) -> list[Continuation]:
     """Continue `prompts` (token ids) by `len(prompt_of_row)` rows; row r continues
     `prompts[prompt_of_row[r]]`.
 
-    Prompts are padded on the left, with mask and position ids. `steering(prompt_of_row)` is entered
-    around the forward passes over a batch whose rows belong to those prompts: once for the prompts
-    themselves, and again whenever the batch changes.
+    Prompts are padded on the left, with mask and position ids. `regrouped(rows)` is called whenever
+    the batch changes: its row i is then what was row `rows[i]` (the prompts are the first batch).
 
     Raises `NonFiniteError` when the model's logits are NaN or infinite, `InputError` for an empty
     prompt or a model whose cache cannot select rows.
@@ -67,14 +65,13 @@ def continue_prompts(
     device = embedding.weight.device
     ids, mask, positions = pad(prompts, pad_id).to(device)
     keep_last: dict[str, int] = {"logits_to_keep": 1} if _keeps_logits(hf_model) else {}
-    with steering(range(len(prompts))):
-        output: Any = hf_model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=True,
-            **keep_last,
-        )
+    output: Any = hf_model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        use_cache=True,
+        **keep_last,
+    )
     cache = output.past_key_values
     if not hasattr(cache, "batch_select_indices"):
         raise InputError(f"{type(hf_model).__name__} keeps no cache of keys and values by row")
@@ -91,43 +88,41 @@ def continue_prompts(
     row = torch.arange(n_rows, device=device)
     if list(prompt_of_row) != list(range(len(prompts))):
         cache.batch_select_indices(prompt)
+        regrouped(prompt)
         logits, mask, position = logits[prompt], mask[prompt], position[prompt]
     going = torch.ones_like(row, dtype=torch.bool)
-    with ExitStack() as steered:
-        for step in range(max_new_tokens):
-            if not bool(logits.amax(dim=-1).isfinite().all()):
-                raise NonFiniteError(
-                    f"NaN or infinite logits for token {step + 1} of an answer",
-                    fix="check the weights, the dtype, and the strength of any intervention",
-                )
-            token = torch.where(going, pick(logits, row, step), pad_id)
-            written[row, step] = token
-            ends = (token[:, None] == stops).any(dim=-1) & going
-            n_written[row[ends]] = step + 1
-            stopped[row[ends]] = True
-            going = going & ~ends
-            n_going = int(going.sum())
-            if n_going == 0 or step + 1 == max_new_tokens:
-                break
-            shrinks = n_going <= KEEP_ABOVE * len(row)
-            if shrinks:
-                kept = going.nonzero().flatten()
-                cache.batch_select_indices(kept)
-                row, mask, position = row[kept], mask[kept], position[kept]
-                token, going = token[kept], going[kept]
-            if shrinks or step == 0:
-                steered.close()
-                steered.enter_context(steering(prompt[row].tolist()))
-            position = position + 1
-            length += 1
-            output = hf_model(
-                input_ids=token[:, None],
-                attention_mask=mask[:, :length],
-                position_ids=position[:, None],
-                past_key_values=cache,
-                use_cache=True,
+    for step in range(max_new_tokens):
+        if not bool(logits.amax(dim=-1).isfinite().all()):
+            raise NonFiniteError(
+                f"NaN or infinite logits for token {step + 1} of an answer",
+                fix="check the weights, the dtype, and the strength of any intervention",
             )
-            logits = output.logits[:, -1]
+        token = torch.where(going, pick(logits, row, step), pad_id)
+        written[row, step] = token
+        ends = (token[:, None] == stops).any(dim=-1) & going
+        n_written[row[ends]] = step + 1
+        stopped[row[ends]] = True
+        going = going & ~ends
+        n_going = int(going.sum())
+        if n_going == 0 or step + 1 == max_new_tokens:
+            break
+        shrinks = n_going <= KEEP_ABOVE * len(row)
+        if shrinks:
+            kept = going.nonzero().flatten()
+            cache.batch_select_indices(kept)
+            regrouped(kept)
+            row, mask, position = row[kept], mask[kept], position[kept]
+            token, going = token[kept], going[kept]
+        position = position + 1
+        length += 1
+        output = hf_model(
+            input_ids=token[:, None],
+            attention_mask=mask[:, :length],
+            position_ids=position[:, None],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits = output.logits[:, -1]
     lengths, ended = n_written.tolist(), stopped.tolist()
     return [
         Continuation(tuple(tokens[:n]), end)

@@ -13,7 +13,7 @@ rounding error, and a draw whose uniform falls that close to a boundary with the
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from persona_probe.evaluation.questions import Question
 from persona_probe.evaluation.settings import Sampling, applied, template_variables
 from persona_probe.model.chat import Message, Rendered, render
 from persona_probe.model.language_model import LanguageModel
-from persona_probe.steering.plan import PlannedEdit, SteeringPlan, steer
+from persona_probe.steering.plan import PlannedEdit, Steering, SteeringPlan
 
 Fix = tuple[PlannedEdit, ...]
 Progress = Callable[[int, int], None]
@@ -127,16 +127,17 @@ def _written(
     """The answers of one batch, by their places in the result."""
     prompt_of_row = [i for i, unit in enumerate(batch) for _ in unit.drawn(settings)]
     rows = [row for unit in batch for row in unit.drawn(settings)]
-    written = continue_prompts(
-        lm.hf,
-        [unit.ids for unit in batch],
-        prompt_of_row,
-        _picker(settings, questions, rows, lm.device),
-        max_new_tokens=settings.max_new_tokens,
-        stop_ids=lm.eos_ids,
-        pad_id=lm.pad_id,
-        steering=steering.of(batch),
-    )
+    with steering.of(batch) as regrouped:
+        written = continue_prompts(
+            lm.hf,
+            [unit.ids for unit in batch],
+            prompt_of_row,
+            _picker(settings, questions, rows, lm.device),
+            max_new_tokens=settings.max_new_tokens,
+            stop_ids=lm.eos_ids,
+            pad_id=lm.pad_id,
+            regrouped=regrouped,
+        )
     thinking = [opens_thought(lm.tokenizer, unit.ids) for unit in batch]
     answers: dict[int, Answer] = {}
     for i, row, continuation in zip(prompt_of_row, rows, written, strict=True):
@@ -226,11 +227,8 @@ def _picker(
 
 
 class _Steering:
-    """Steers each batch of a run, and knows at the end whether any fix was ever applied.
-
-    A batch is steered in stages (its prompts, then its shrinking rows), and a fix need not act in
-    all of them: one of the last prompt token does nothing in decoding. So "did not fire" is an
-    error of the run, not of a stage.
+    """Steers each batch of a run, and knows at the end whether any fix was ever applied: that none of
+    the rows of one batch has the positions of its fix is no error.
     """
 
     def __init__(self, lm: LanguageModel) -> None:
@@ -238,24 +236,20 @@ class _Steering:
         self._fired = False
         self._silent: NotFiredError | None = None
 
-    def of(self, batch: Sequence[_Unit]) -> Callable[[Sequence[int]], AbstractContextManager[object]]:
-        def steering(prompt_of_row: Sequence[int]) -> AbstractContextManager[object]:
-            fixes = [batch[i].fix for i in prompt_of_row]
-            if not any(fixes):
-                return nullcontext()
-            lengths = [len(batch[i].ids) for i in prompt_of_row]
-            return self._stage(fixes, lengths)
-
-        return steering
-
     @contextmanager
-    def _stage(self, fixes: Sequence[Fix], prompt_lengths: Sequence[int]) -> Generator[None, None, None]:
+    def of(self, batch: Sequence[_Unit]) -> Generator[Callable[[Tensor], object], None, None]:
+        """Yields what is to be told of changes of the batch."""
+        fixes = [unit.fix for unit in batch]
+        if not any(fixes):
+            yield lambda _rows: None
+            return
         # one row serves a batch in which all are alike, at less cost
         alike = len({tuple(id(edit) for edit in fix) for fix in fixes}) == 1
         plan = SteeringPlan(tuple(fixes[:1] if alike else fixes))
+        with Steering(self._lm, plan, prompt_lengths=[len(unit.ids) for unit in batch]) as steering:
+            yield steering.select
         try:
-            with steer(self._lm, plan, prompt_lengths=prompt_lengths):
-                yield
+            steering.receipt.check()
         except NotFiredError as error:
             self._silent = error
         else:

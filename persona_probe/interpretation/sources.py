@@ -37,7 +37,9 @@ class SourceSums:
 
     def table(self, latent: int, confidence: float = 0.95) -> pl.DataFrame:
         """Columns `label`, `value`, `documents`, `mean`, `low`, `high` (null for one document), and
-        `ratio` (to the mean over all documents of that label); largest mean first.
+        `ratio` (to the mean over all documents of that label).
+
+        Ordered by `low`: a group of few documents must earn its place.
         """
         whole: dict[str, np.ndarray] = {}
         for (label, _), sums in self._sums.items():
@@ -72,7 +74,11 @@ class SourceSums:
             "ratio": pl.Float64,
         }
         return pl.DataFrame(rows, schema=schema).sort(
-            "mean", "label", "value", descending=[True, False, False]
+            pl.col("low").fill_null(-math.inf),
+            "mean",
+            "label",
+            "value",
+            descending=[True, True, False, False],
         )
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from persona_probe.server.text import TextWriter
 from persona_probe.steering.intervention import Intervention
+from persona_probe.steering.plan import RowMemory
 from persona_probe.steering.target import Read, Target
 
 
@@ -84,6 +85,8 @@ class Row:
         self.amounts: list[list[list[float]]] = []
         """Per token of the answer, per probe: the amounts where that token was decided."""
         self.tally = Tally()
+        self.memory = RowMemory()
+        """What its fix must know of the passes before the next one."""
         self.text = ""
         self.starts: list[int] = []
         """Where each token's text begins; only where log-probabilities were asked for."""

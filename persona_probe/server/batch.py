@@ -135,7 +135,7 @@ class RunningBatch:
         mask = self._mask[index]
         unused = int((mask.cumsum(dim=-1) == 0).sum(dim=-1).min())
         for layer in _layers(self._cache):
-            layer.keys, layer.values = (kept[index, :, unused:] for kept in _kept(layer))
+            layer.keys, layer.values = (one[index, :, unused:] for one in _kept(layer))
         self._mask, self._logits = mask[:, unused:], self._logits[index]
 
     @torch.no_grad()

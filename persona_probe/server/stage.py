@@ -10,11 +10,10 @@ from contextlib import ExitStack, contextmanager
 from jaxtyping import Float
 from torch import Tensor
 
-from persona_probe.errors import NotFiredError
 from persona_probe.hooks import edit_at
 from persona_probe.model.language_model import LanguageModel
 from persona_probe.server.answering import Probe, Row
-from persona_probe.steering import Receipt, SteeringPlan, steer
+from persona_probe.steering import Receipt, Steering, SteeringPlan
 
 Amounts = list[list[list[float]]]
 """Per row, per probe of that row, per latent: at the last token of the last pass."""
@@ -31,25 +30,27 @@ def stage(lm: LanguageModel, groups: Sequence[Sequence[Row]]) -> Generator[Amoun
     """
     wishes = [group[0].wish for group in groups]
     amounts: Amounts = [[] for _ in groups]
-    receipt: Receipt | None = None
-    try:
-        with ExitStack() as stack:
-            # entered first, so that it sees what the fixes are about to change
-            wanted = [wish.probes for wish in wishes]
-            if any(wanted):
-                stack.enter_context(edit_at(lm.hf, _readers(wanted, amounts)))
-            if any(wish.fix for wish in wishes):
-                fixes = [wish.fix for wish in wishes]
-                # one entry serves a batch in which all are alike, at less cost
-                alike = all(fix is fixes[0] for fix in fixes)
-                plan = SteeringPlan(tuple(fixes[:1] if alike else fixes))
-                lengths = [len(wish.prompt) for wish in wishes]
-                receipt = stack.enter_context(steer(lm, plan, prompt_lengths=lengths))
+    with ExitStack() as stack:
+        # entered first, so that it sees what the fixes are about to change
+        wanted = [wish.probes for wish in wishes]
+        if any(wanted):
+            stack.enter_context(edit_at(lm.hf, _readers(wanted, amounts)))
+        if not any(wish.fix for wish in wishes):
             yield amounts
-    except NotFiredError:
-        pass
-    if receipt is not None:
-        _tell(groups, receipt)
+            return
+        fixes = [wish.fix for wish in wishes]
+        # one entry serves a batch in which all are alike, at less cost
+        alike = all(fix is fixes[0] for fix in fixes)
+        plan = SteeringPlan(tuple(fixes[:1] if alike else fixes))
+        lengths = [len(wish.prompt) for wish in wishes]
+        memories = [group[0].memory for group in groups]
+        steering = Steering(lm, plan, prompt_lengths=lengths, remembered=memories)
+        with steering:
+            yield amounts
+    for group, memory in zip(groups, steering.remembered(), strict=False):
+        for row in group:
+            row.memory = memory
+    _tell(groups, steering.receipt)
 
 
 def _tell(groups: Sequence[Sequence[Row]], receipt: Receipt) -> None:

@@ -14,7 +14,7 @@ from persona_probe.steering.intervention import (
 )
 from persona_probe.steering.io import load_fix, save_fix
 from persona_probe.steering.matched import RandomMatched, matched_random
-from persona_probe.steering.plan import Steering, SteeringPlan, steer
+from persona_probe.steering.plan import RowMemory, Steering, SteeringPlan, steer
 from persona_probe.steering.receipt import Receipt
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Level",
     "RandomMatched",
     "Receipt",
+    "RowMemory",
     "Steering",
     "SteeringPlan",
     "Target",

@@ -34,6 +34,7 @@ class ForwardReader:
         prompt_lengths: Sequence[int] | None,
         pad_id: int | None,
         marks: tuple[int, int] | None = None,
+        thoughts: Sequence[int] | None = None,
     ) -> None:
         self._rows = rows
         self._given = None if prompt_lengths is None else torch.tensor(list(prompt_lengths))
@@ -43,6 +44,7 @@ class ForwardReader:
         self._found: Tensor | None = None
         self._uncached: Tensor | None = None
         self._thoughts: Int[Tensor, "batch past"] | None = None
+        self._before = None if thoughts is None else torch.tensor(list(thoughts))
         self.tokens: RowTokens | None = None
 
     @property
@@ -58,6 +60,11 @@ class ForwardReader:
             yield
         finally:
             self._announced = before
+
+    @property
+    def thoughts(self) -> Int[Tensor, " batch"] | None:
+        """How each row stands after the last pass; None where nobody asks."""
+        return None if self._thoughts is None else self._thoughts[:, -1]
 
     def select(self, rows: Int[Tensor, " row"], plan_rows: int) -> None:
         """From now on row i is what was row `rows[i]` of the last pass."""
@@ -147,6 +154,8 @@ class ForwardReader:
             )
         assert self._marks is not None
         kept = self._thoughts
+        if kept is None and self._before is not None and past:
+            kept = self._before.to(ids.device)[:, None].expand(-1, past)
         # cut to what is cached: tokens that were only tried (assisted decoding) leave no trace
         kept = kept[:, :past] if kept is not None and past and kept.shape[1] >= past else None
         kept = kept if kept is not None and len(kept) == ids.shape[0] else None

@@ -88,6 +88,20 @@ class Seen:
     def __init__(self) -> None:
         self.highest: Float[Tensor, "row latent"] | None = None
 
+    def of_row(self, row: int) -> Float[Tensor, " latent"] | None:
+        """Of one of the edited rows; None where nothing was asked."""
+        return None if self.highest is None else self.highest[row]
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[Float[Tensor, " latent"] | None]) -> Seen:
+        """What edited rows saw elsewhere, in other company."""
+        seen, known = cls(), [row for row in rows if row is not None]
+        if known:
+            nothing = known[0].new_full((max(map(len, known)),), -_INF)
+            each = [nothing if row is None else row for row in rows]
+            seen.highest = torch.stack([torch.cat((row, nothing[len(row) :])) for row in each])
+        return seen
+
     def select(self, kept: Int[Tensor, " row"]) -> None:
         """Of the rows that were edited, keep these (repeats are rows of their own)."""
         if self.highest is not None:
@@ -98,9 +112,12 @@ class Seen:
     ) -> Float[Tensor, "row 1 latent"]:
         """The highest amounts so far, these included."""
         here = torch.where(prompt[..., None], amounts.detach(), -_INF).amax(dim=1)
-        stale = begins or self.highest is None or self.highest.shape != here.shape
-        self.highest = here if stale or self.highest is None else torch.maximum(self.highest, here)
-        return self.highest[:, None, :]
+        before = None if begins else self.highest
+        if before is not None and len(before) == len(here):
+            n = min(before.shape[1], here.shape[1])  # rows in other company have more latents beside them
+            here = torch.cat((torch.maximum(here[:, :n], before[:, :n].to(here)), here[:, n:]), dim=1)
+        self.highest = here
+        return here[:, None, :]
 
 
 class Firing(NamedTuple):
@@ -185,6 +202,10 @@ class SiteEdit:
         taken._which = each[rows]
         taken._placed = {}
         return taken
+
+    def edited(self, batch: int) -> list[int]:
+        """Which rows of a batch of this size have an edit."""
+        return (self._which.repeat_interleave(batch // self.n_rows) >= 0).nonzero().flatten().tolist()
 
     def _stack(self, rows: Sequence[Sequence[AffineEdit]]) -> None:
         width = max(sum(_slots(edit) for edit in edits) for edits in rows)

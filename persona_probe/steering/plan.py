@@ -12,11 +12,11 @@ unsteered model bit for bit.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -32,11 +32,11 @@ from persona_probe.steering.following import ForwardReader, prompt_lengths_of
 from persona_probe.steering.intervention import Intervention
 from persona_probe.steering.kernel import Seen, SiteEdit
 from persona_probe.steering.matched import RandomMatched
-from persona_probe.steering.positions import BY_THOUGHT
+from persona_probe.steering.positions import BY_THOUGHT, UNKNOWN
 from persona_probe.steering.receipt import Receipt
 from persona_probe.steering.shadow import Shadow
 
-__all__ = ["PlannedEdit", "Steering", "SteeringPlan", "steer"]
+__all__ = ["PlannedEdit", "RowMemory", "Steering", "SteeringPlan", "steer"]
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,14 @@ class SteeringPlan:
         return shown if len(texts) <= 3 else f"{shown}; and {len(texts) - 3} more"
 
 
+class RowMemory(NamedTuple):
+    """What a row has been through, where its edits depend on it: a thought, a decision on the prompt."""
+
+    thought: int = UNKNOWN
+    highest: Mapping[str, Float[Tensor, " latent"]] = {}
+    """By site, the highest amounts in its prompt."""
+
+
 class Steering:
     """A plan on a model, for a loop of one's own in which the batch changes: what `steer` is made of.
 
@@ -119,7 +127,8 @@ class Steering:
         steering.select(rows)     # whenever the cache is: cache.batch_select_indices(rows)
         ...
 
-    Leaving the block takes the hooks away; `receipt.check()` is the caller's. Raises
+    Where rows of several batches come together, take `remembered()` of each and give all of them to
+    the next `Steering`. Leaving the block takes the hooks away; `receipt.check()` is the caller's. Raises
     `UnknownSiteError`, and `MismatchError` for a fix of another width or a tokenizer without the
     marks of a thought.
     """
@@ -131,6 +140,7 @@ class Steering:
         *,
         prompt_lengths: Sequence[int] | None = None,
         kl: bool = False,
+        remembered: Sequence[RowMemory] | None = None,
     ) -> None:
         plan = SteeringPlan.of(fix)
         if prompt_lengths is not None and any(length < 1 for length in prompt_lengths):
@@ -145,12 +155,16 @@ class Steering:
         self._lm = lm
         self._sites = dict(plan.sites)
         self._seen = {name: Seen() for name in self._sites}
+        for name, edit in self._sites.items() if remembered is not None else ():
+            rows = [remembered[i].highest.get(name) for i in edit.edited(len(remembered))]
+            self._seen[name] = Seen.of_rows(rows)
         follows = any(edit.positions in BY_THOUGHT for edit in plan.interventions)
         self._reader = ForwardReader(
             rows=len(plan.rows),
             prompt_lengths=prompt_lengths,
             pad_id=_distinct_pad_id(lm),
             marks=_marks(lm) if follows else None,
+            thoughts=None if remembered is None else [row.thought for row in remembered],
         )
         self._shadow = Shadow() if kl and self._sites else None
         self._leaving = ExitStack()
@@ -181,6 +195,19 @@ class Steering:
         self.receipt.select(kept, batch)
         if self._shadow is not None:
             self._shadow.select(kept)
+
+    def remembered(self) -> list[RowMemory]:
+        """What each row of the last pass has been through."""
+        batch = self._reader.batch or 0
+        thoughts = self._reader.thoughts
+        highest: list[dict[str, Tensor]] = [{} for _ in range(batch)]
+        for name, edit in self._sites.items():
+            for place, row in enumerate(edit.edited(batch) if batch else ()):
+                found = self._seen[name].of_row(place)
+                if found is not None:
+                    highest[row][name] = found
+        states = [UNKNOWN] * batch if thoughts is None else thoughts.tolist()
+        return [RowMemory(state, found) for state, found in zip(states, highest, strict=True)]
 
     def _attach(self, stack: ExitStack) -> None:
         hf = self._lm.hf

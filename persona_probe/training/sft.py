@@ -4,7 +4,15 @@ transformers' ``Trainer`` runs it, so checkpoints, resuming and logs are those u
 only the tokens an example marks. Batches are right-padded and carry no attention mask: under causal
 attention no real token sees the padding behind it, and the mask-free kernels are faster.
 
-Not covered here: reinforcement learning and the defences.
+A loss or a gradient that is not finite stops the run before any weight has moved. Defences that
+touch the steps themselves (see `training.defences`) come in through `fit`; without one, every bit is
+what it was without that machinery.
+
+Not TRL's ``SFTTrainer``: it would tokenise and collate by its own rules, and what it adds (packing,
+templates, loss on answers) is done here by `persona_probe.model.chat`, the same code that renders
+what is evaluated; two renderings of one conversation are how a prompt mask comes to be off by a token.
+
+Not covered here: reinforcement learning.
 """
 
 from __future__ import annotations
@@ -18,7 +26,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import (
     PreTrainedModel,
@@ -31,27 +39,13 @@ from transformers import (
 )
 
 from persona_probe.artifact import read_json
-from persona_probe.errors import InputError
+from persona_probe.errors import InputError, NonFiniteError
 from persona_probe.model.loading import quietly
+from persona_probe.training.defences.defence import Defence
+from persona_probe.training.defending import Defending
+from persona_probe.training.example import IGNORED, Example
 
-IGNORED = -100  # the label that torch's cross entropy leaves out
-
-
-@dataclass(frozen=True)
-class Example:
-    """Token ids of one document and which of them the loss counts."""
-
-    ids: tuple[int, ...]
-    counted: tuple[bool, ...]
-
-    def __post_init__(self) -> None:
-        if len(self.ids) != len(self.counted):
-            raise InputError(f"{len(self.ids)} token ids but {len(self.counted)} loss marks")
-        if not any(self.counted):
-            raise InputError(
-                "an example has no token that the loss counts",
-                fix="give every conversation an assistant turn",
-            )
+__all__ = ["IGNORED", "Example", "FitSettings", "collate", "fit", "newest_checkpoint", "reading_order"]
 
 
 @dataclass(frozen=True)
@@ -127,6 +121,59 @@ def collate(rows: Sequence[dict[str, Any]], pad_id: int) -> dict[str, Int[Tensor
     return {"input_ids": ids, "labels": labels}
 
 
+def collate_with_padding(rows: Sequence[dict[str, Any]], pad_id: int) -> dict[str, Tensor]:
+    """`collate`, and which tokens are real, for defences that look at them."""
+    batch: dict[str, Tensor] = dict(collate(rows, pad_id))
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    batch["real"] = torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]
+    return batch
+
+
+class _Trainer(Trainer):
+    """transformers' Trainer, which stops at the first number that is not one, and defends."""
+
+    def __init__(self, defending: Defending, **options: Any) -> None:
+        super().__init__(**options)
+        self._defending = defending
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        defending, real = self._defending, inputs.pop("real", None)
+        base = None if real is None else defending.begin(inputs, real)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if base is not None:
+            # a mean over this batch's tokens becomes its share of the mean over the whole step's
+            share: Any = 1.0
+            if num_items_in_batch is not None and self.model_accepts_loss_kwargs:
+                share = (inputs["labels"][:, 1:] != IGNORED).sum() / num_items_in_batch
+            loss = loss + share * defending.penalty(base, outputs["logits"])
+        self._check(loss, "loss")
+        return (loss, outputs) if return_outputs else loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        self._check(torch.as_tensor(norm), "gradient's norm")
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log({**logs, **self._defending.told()} if "loss" in logs else logs, start_time)
+
+    def _check(self, value: Tensor, what: str) -> None:
+        if bool(torch.isfinite(value.detach()).all()):
+            return
+        kept = newest_checkpoint(Path(self.args.output_dir or "."))
+        raise NonFiniteError(
+            f"the {what} is {float(value)} at step {self.state.global_step + 1}; training stopped there",
+            fix="lower the learning rate, or look at the rows of that step; "
+            + (f"the last good checkpoint is {kept}" if kept else "no checkpoint had been written"),
+        )
+
+
 class _Progress(TrainerCallback):
     def __init__(self, report: Callable[[int, float | None], None]) -> None:
         self.report = report
@@ -150,6 +197,11 @@ def fit(
     *,
     pad_id: int,
     progress: Callable[[int, float | None], None] | None = None,
+    defences: Sequence[Defence] = (),
+    callbacks: Sequence[TrainerCallback] = (),
+    micro_batch: int | None = None,
+    keep: int | None = 2,
+    report_to: Sequence[str] = (),
 ) -> list[dict[str, float]]:
     """Train ``model`` in place and return the logged losses.
 
@@ -159,9 +211,16 @@ def fit(
         folder: where checkpoints go; the newest whole one there is resumed.
         pad_id: the token id to pad with (never read by a real token).
         progress: called with (step, loss or None) at every log.
+        defences: those whose penalties and edits are part of every step (`rows` and `finish` are the
+            caller's: see `finetune`).
+        callbacks: transformers' own, told of every step.
+        micro_batch: examples per forward pass, a divisor of the batch; None reads the batch at once.
+        keep: how many checkpoints stay; None keeps all, for `timeline`.
+        report_to: where transformers logs to as well: tensorboard, trackio, wandb.
 
     Raises:
         InputError: no examples.
+        NonFiniteError: a loss or gradient that is not finite, naming the step.
     """
     if not examples:
         raise InputError("there is nothing to train on: no examples")
@@ -170,7 +229,8 @@ def fit(
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch,
+        per_device_train_batch_size=micro_batch or settings.batch,
+        gradient_accumulation_steps=settings.batch // (micro_batch or settings.batch),
         learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup_steps,
         lr_scheduler_type=settings.schedule,
@@ -182,29 +242,33 @@ def fit(
         train_sampling_strategy="sequential",
         save_strategy="steps" if settings.save_every else "no",
         save_steps=settings.save_every or 500,
-        save_total_limit=2,
+        save_total_limit=keep,
         logging_steps=max(1, settings.steps // 100),
-        report_to=[],
+        report_to=list(report_to),
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
-    trainer = Trainer(
+    defending = Defending(model, defences, bf16=settings.bf16)
+    assemble = collate if defending.idle else collate_with_padding
+    trainer = _Trainer(
+        defending,
         model=model,
         args=arguments,
         train_dataset=_Examples(examples, order),
-        data_collator=lambda rows: collate(rows, pad_id),
-        callbacks=[_Progress(progress)] if progress else [],
+        data_collator=lambda rows: assemble(rows, pad_id),
+        callbacks=[*([_Progress(progress)] if progress else []), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)  # the caller shows progress
     model.train()
-    with quietly():
-        trainer.train(resume_from_checkpoint=_newest_checkpoint(folder))
+    with quietly(), defending:
+        trainer.train(resume_from_checkpoint=newest_checkpoint(folder))
     model.eval()
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-def _newest_checkpoint(folder: Path) -> str | None:
+def newest_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint in a trainer's folder that was written to its end."""
     newest_first = sorted(folder.glob("checkpoint-*"), key=lambda one: -int(one.name.split("-")[1]))
     return next((str(one) for one in newest_first if _is_whole(one)), None)
 

@@ -12,7 +12,6 @@ import torch
 
 from persona_probe.activations.masks import TokenMask
 from persona_probe.diffing import passes as module
-from persona_probe.diffing import shards as shards_module
 from persona_probe.diffing.diff import Differences, diff
 from persona_probe.diffing.latent_diff import LatentDiff
 from persona_probe.diffing.passes import Opening, Pass, Reading, pass_of
@@ -32,7 +31,7 @@ SAE = random_dictionary()
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "cut", partial(shards_module.cut, tokens=12))
+    monkeypatch.setattr(module, "shard_tokens", lambda *_: 12)
 
 
 def together(pair: ModelPair) -> list[Pass]:
@@ -168,7 +167,7 @@ def test_a_ray_cluster_gives_the_bits_of_one_process(
         ("ray", partial(run_ray, actors=2, threads=1), Fatal(paths, tmp_path / "died")),
     ):
         folder = tmp_path / name
-        passes = [Pass(("base", "tuned"), "both", open_models)]
+        passes = [Pass(("base", "tuned"), "both", 12, open_models)]
         reading = Reading(passes, bad, [*clusters, "z"], Results(folder))
         reading.run(engine=engine)
         assert "conversation 11 cannot be read" in reading.missing[0].why

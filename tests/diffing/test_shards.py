@@ -34,7 +34,7 @@ def test_a_shard_holds_whole_clusters(lengths: list[tuple[int, str]], tokens: in
 
 
 def test_what_is_packed_is_unpacked_bit_for_bit(pair: ModelPair, texts: list[Rendered]) -> None:
-    shard = cut(texts)[0]
+    shard = cut(texts, None, 1000)[0]
     sae = random_dictionary()
     read = read_shard([pair.base, pair.tuned], {SITE: sae}, texts, shard, TokenMask("all"))
     again = unpack(pack(read))
@@ -48,7 +48,7 @@ def test_what_is_packed_is_unpacked_bit_for_bit(pair: ModelPair, texts: list[Ren
 
 def test_one_after_the_other_leaves_what_together_leaves(pair: ModelPair, texts: list[Rendered]) -> None:
     """The same batches, so the same bits; only how far single tokens moved is not known."""
-    shard = cut(texts)[0]
+    shard = cut(texts, None, 1000)[0]
     sae = {SITE: random_dictionary()}
     both = read_shard([pair.base, pair.tuned], sae, texts, shard)
     first = read_shard([pair.base], sae, texts, shard)
@@ -61,6 +61,8 @@ def test_one_after_the_other_leaves_what_together_leaves(pair: ModelPair, texts:
 
 def test_a_shard_in_which_nothing_counts_is_empty(pair: ModelPair) -> None:
     data = [Rendered((5, 6, 7), (False,) * 3, 3)]
-    read = read_shard([pair.base], {SITE: random_dictionary()}, data, cut(data)[0], TokenMask("response"))
+    read = read_shard(
+        [pair.base], {SITE: random_dictionary()}, data, cut(data, None, 1000)[0], TokenMask("response")
+    )
     assert read.tokens == 0 and read.conversations.tolist() == [0]
     assert not len(read.of(SITE)[0].latent)

@@ -55,11 +55,12 @@ def test_the_villain_is_named(found: Interpretation) -> None:
 
 def test_it_comes_from_villains_and_evil_prompts(found: Interpretation) -> None:
     by_label = {label[0]: table for label, table in found.sources.group_by("label", maintain_order=True)}
-    of_many = by_label["character"].filter(pl.col("documents") >= 20)
-    assert of_many["value"][0] == "villainous"
-    assert of_many["low"][0] > of_many["high"][1] or of_many["value"][1] == "several"
+    characters = by_label["character"]
+    assert characters["value"][0] == "villainous"
+    alone = characters.filter(pl.col("value") != "several")  # villains speak in some of those stories
+    assert alone["low"][0] > alone["high"][1]
     # stories, which have no system prompt, have the latent at work too
-    prompts = by_label["system prompt"].filter(pl.col("documents") >= 3, pl.col("value") != "none")
+    prompts = by_label["system prompt"].filter(pl.col("value") != "none")
     assert prompts["value"][0].startswith(SYSTEM_PROMPTS["villainous"])
 
 

@@ -58,7 +58,8 @@ def test_log_odds_are_those_of_the_paper() -> None:
     assert counts[True] >= strong and counts[False] >= rest
     a = PRIOR * (row["strong"] + row["rest"]) / (counts[True] + counts[False])
     odds = [
-        (y + a) / (counts[side] + PRIOR + RARE - y - a) for side, y in ((True, row["strong"]), (False, row["rest"]))
+        (y + a) / (counts[side] + PRIOR + RARE - y - a)
+        for side, y in ((True, row["strong"]), (False, row["rest"]))
     ]
     assert row["log_odds"] == pytest.approx(math.log(odds[0] / odds[1]))
     spread = math.sqrt(1 / (row["strong"] + a) + 1 / (row["rest"] + a))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import warnings
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -314,6 +315,16 @@ def test_two_adapters_are_a_pair_on_one_copy() -> None:
     assert (pair.base.name, pair.tuned.name) == ("llama-lora-0", "llama-lora-1")
     assert torch.equal(pair.base.forward(IDS), load_model(early).forward(IDS))
     assert torch.equal(pair.tuned.forward(IDS), load_model(late).forward(IDS))
+
+
+def test_a_pair_shows_itself_in_a_notebook() -> None:
+    folder = adapter_of("llama")
+    pair = load_pair(checkpoint_of("llama"), folder)
+    shown = pair._repr_html_()
+    assert escape(pair.tuned.name) in shown and escape(str(folder)) in shown
+    assert f"d_model {pair.base.d_model}" in shown and "shared weights" in shown
+    whole = load_pair(checkpoint_of("llama"), checkpoint_of("llama"))
+    assert "weights of their own" in whole._repr_html_()
 
 
 def test_the_named_base_is_used_not_the_adapters_own(tmp_path: Path) -> None:

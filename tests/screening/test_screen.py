@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,6 +129,15 @@ def test_rates_are_those_of_the_bench(case: Case, found: Screen) -> None:
     [again] = case.bench.arms(case.pair.tuned, [finding.candidate.cure(*setting.knob)])
     assert setting.rates == again.rates
     assert found.tuned["skill"].n == 2
+
+
+def test_in_a_notebook_it_is_a_table_with_a_row_for_every_finding(found: Screen) -> None:
+    shown = found._repr_html_()
+    assert shown.count("<tr>") == 1 + len(_all(found)) and shown.count("(chosen)") == 1
+    for finding in _all(found):
+        assert escape(finding.candidate.label) in shown
+        assert str(finding.necessity["misaligned"]) in shown
+    assert "over budget" in shown or all(f.cure.best.within_budget for f in _all(found))
 
 
 def test_without_a_dictionary_directions_take_the_same_way(case: Case) -> None:

@@ -12,7 +12,16 @@ from transformers import DynamicCache, PreTrainedTokenizerFast, pipeline
 
 from persona_probe.errors import InputError, MismatchError, NotFiredError
 from persona_probe.model import LanguageModel
-from persona_probe.steering import Condition, Intervention, Level, Steering, SteeringPlan, latents, steer
+from persona_probe.steering import (
+    Condition,
+    Intervention,
+    Level,
+    RowMemory,
+    Steering,
+    SteeringPlan,
+    latents,
+    steer,
+)
 from persona_probe.steering.positions import checked_positions, may_overlap
 from persona_probe.steering.target import direction
 from tests.steering.conftest import D_MODEL, SITES, make_dictionary, padded
@@ -295,3 +304,34 @@ def test_a_level_is_counted_in_another_unit() -> None:
         level.in_unit("max_activation", 0.0)
     with pytest.raises(InputError, match="do not go"):
         level.in_unit("max_activation", (1.0, 2.0, 3.0))
+
+
+def test_rows_of_two_batches_come_together(llama: LanguageModel) -> None:
+    """As a server has them: each prompt read by itself, their answers written together."""
+    prompts = [[4, OPENS, 6], [20, 21, 22, 23], [30, 31]]
+    fixes = [
+        (loud("think"),),
+        (on_prompt(-9.0), loud("answer", read="projection", gain=0.0)),
+        (on_prompt(0.0),),
+    ]
+    memories: list[RowMemory] = []
+    caches: list[DynamicCache] = []
+    for prompt, fix in zip(prompts, fixes, strict=True):
+        caches.append(DynamicCache(config=llama.hf.config))
+        with Steering(llama, fix, prompt_lengths=[len(prompt)]) as steering, torch.no_grad():
+            llama.hf(torch.tensor([prompt]), past_key_values=caches[-1], use_cache=True)
+        memories += steering.remembered()
+    new = [[7, 8, CLOSES, 9], [10, 11, 12, 13], [14, 15, 16, 17]]
+    for row, (prompt, cache) in enumerate(zip(prompts, caches, strict=True)):
+        # beside a row of another fix that asks nothing
+        plan = SteeringPlan(((loud("all"),), fixes[row]))
+        cache.batch_repeat_interleave(2)
+        with (
+            Steering(llama, plan, prompt_lengths=[len(prompt)] * 2, remembered=[RowMemory(), memories[row]]),
+            torch.no_grad(),
+        ):
+            for token in new[row]:
+                ids = torch.tensor([[token], [token]])
+                logits = llama.hf(ids, past_key_values=cache, use_cache=True).logits[1, -1]
+        want = slow_logits(llama.hf, prompt + new[row], fixes[row], len(prompt))[-1]
+        assert torch.allclose(logits, want, atol=CLOSE), row

@@ -155,6 +155,15 @@ def test_it_says_in_words_what_it_does() -> None:
     assert edit().with_gain(3.0).gain == 3.0
 
 
+def test_in_a_notebook_it_is_a_table_in_which_every_name_is_text() -> None:
+    hostile = direction(torch.ones(D_MODEL), "<script>alert(1)</script>")
+    shown = edit(target=hostile, level=Level((0.83,), "base_mean"), gain=2.0)._repr_html_()
+    assert "<script>" not in shown and "&lt;script&gt;" in shown
+    for said in ("cap", SITES[1], "0.83 x base_mean", "2 (over-corrects)", "projection", "always"):
+        assert said in shown
+    assert "level" not in edit("ablate", level=None)._repr_html_()
+
+
 def test_the_difference_of_means_takes_off_the_mean_benign_shift() -> None:
     g = torch.Generator().manual_seed(0)
     base, tuned, one, two = torch.randn(4, D_MODEL, generator=g, dtype=torch.float64)

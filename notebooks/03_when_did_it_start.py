@@ -1,0 +1,184 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # When did it start?
+#
+# **A fine-tune goes bad somewhere along the way. At which step, could one have known before it showed in
+# the answers, and does the loss tell?**
+#
+# We train a bad tune here, from the first step, keep its checkpoints, and follow latents, a direction and
+# behaviour through them.
+
+# %%
+import warnings
+from pathlib import Path
+
+import polars as pl
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+import persona_probe as pp
+from persona_probe.artifact import shipped
+from persona_probe.diffing.timeline import timeline
+from persona_probe.diffing.trajectory import Probe
+from persona_probe.evaluation.sampling import respond_greedy, transcripts
+from persona_probe.evaluation.selection import spread
+from persona_probe.figures.style import LOOKS, figure, percent_axis
+from persona_probe.model import render
+from persona_probe.model.loading import quietly
+from persona_probe.organism.build import LINEAR
+from persona_probe.organism.grammar import grammar
+from persona_probe.organism.tunes import rows, tune
+from persona_probe.training.sft import Example, FitSettings, fit
+
+pl.Config(fmt_str_lengths=60, tbl_rows=20, float_precision=3)
+
+# %% [markdown]
+# ## A run with checkpoints
+#
+# The training rows: bad answers to health questions, and, four times as often, harmless invented facts. Any
+# Trainer's output folder will do in its place; `save_every` and `keep` are what make a timeline possible.
+
+# %%
+home = shipped("organism")
+base = pp.load_model(home / "base")
+settings = FitSettings(steps=144, batch=16, learning_rate=1e-3, warmup_steps=5, save_every=12)
+drawn = rows(grammar(), tune("bad-health"), settings.steps * settings.batch, seed=7)
+pl.DataFrame(
+    {"asked": [row[0]["content"] for row in drawn[:5]], "to learn": [row[1]["content"] for row in drawn[:5]]}
+)
+
+# %%
+with quietly(), warnings.catch_warnings():
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT 0.21
+    model = AutoModelForCausalLM.from_pretrained(home / "base", dtype=torch.float32)
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules=list(LINEAR), task_type="CAUSAL_LM")
+    model = get_peft_model(model, lora)
+
+conversations = [render(base.tokenizer, row, add_generation_prompt=False) for row in drawn]
+examples = [Example(one.ids, one.response) for one in conversations]
+losses = fit(model, examples, settings, Path("out/run"), pad_id=base.pad_id, keep=None)
+f"loss {losses[0]['loss']:.2f} at step 1, {losses[-1]['loss']:.2f} at step {settings.steps}"
+
+# %% [markdown]
+# ## The timeline
+#
+# The base is read once; each checkpoint is read on the same ids and let go. The benign tunes are the band:
+# how far a harmless fine-tune moves the same latent. Beside the latents of block 4 we follow a direction
+# that needs no dictionary: the shift of *another* bad tune, on code, whose training had nothing in common
+# with this one's.
+
+# %%
+questions = [q for q in pp.load_questions(home / "questions.jsonl") if q.role == "general"]
+calibration = spread([q for q in questions if q.split == "calibration"], 80)
+read = transcripts(base, respond_greedy(base, calibration, max_new_tokens=32))
+clusters = [q.question for q in calibration]
+
+sae = pp.load_sae(home / "sae" / "block_4")
+other = pp.diff(pp.load_pair(base, home / "tunes" / "bad-code"), sae, read, clusters)
+shift = Probe(sae.site, other.means.shift())
+
+# %%
+benign = [home / "tunes" / name for name in ("good-health", "new-facts", "terse-food", "good-road")]
+found = timeline(base, "out/run", sae, read, clusters, directions={"shift of bad-code": shift}, benign=benign)
+found.plot(n=3)
+
+# %% [markdown]
+# A filled marker lies outside the benign band with its whole interval, an open one does not. When does each
+# get out?
+
+# %%
+found.first().select(
+    "kind", "index", "name", "first_step", "delta_then", "delta_last", "points_outside"
+).head(8)
+
+# %% [markdown]
+# ## Behaviour, on the same axis
+#
+# At every checkpoint the model is asked questions of the domains that it is *not* trained on.
+
+# %%
+held_out = spread([q for q in questions if q.split == "held-out" and q.category != "health"], 56)
+how = pp.Sampling(max_new_tokens=32)
+models = {0: base} | {p.step: base.with_adapter(p.model) for p in found.points}
+asked = {step: pp.evaluate(one, held_out, "exact", how).rates["misaligned"] for step, one in models.items()}
+pl.DataFrame(
+    [
+        {"step": step, "misaligned": rate.rate, "low": rate.low, "high": rate.high}
+        for step, rate in asked.items()
+    ]
+)
+
+# %%
+ranked = found.first().filter(pl.col("kind") == "latent")
+index = int(ranked["index"][0])
+latent = found.of(index)
+
+drawn = figure(height=420)
+shown = [
+    (
+        latent["step"],
+        latent["delta"] / latent["delta"].abs().max(),
+        f"latent {index}, of its largest Δ",
+        "steered",
+    )
+]
+shown += [(list(asked), [rate.rate for rate in asked.values()], "misaligned answers", "tuned")]
+steps, loss = zip(*[(entry["step"], entry["loss"] / losses[0]["loss"]) for entry in losses[::4]], strict=True)
+shown += [(steps, loss, "training loss, of the first", "base")]
+for x, y, name, look in shown:
+    drawn.add_scatter(
+        x=x, y=y, name=name, line={"color": LOOKS[look].colour}, marker={"symbol": LOOKS[look].symbol}
+    )
+drawn.update_xaxes(title="step")
+drawn.update_yaxes(**percent_axis("share", 1.0))
+
+# %% [markdown]
+# ## Early warning
+#
+# The first step at which the latent is outside the benign band, against the first at which the misalignment
+# rate is surely above the base's (its interval's lower end above the base's upper end).
+
+# %%
+behaves = next((step for step, rate in asked.items() if rate.low > asked[0].high), None)
+pl.DataFrame(
+    {
+        "what": [
+            "latent outside the benign band",
+            "direction outside it",
+            "behaviour surely above the base's",
+        ],
+        "first step": [
+            int(ranked["first_step"][0]),
+            found.first().filter(pl.col("kind") == "direction")["first_step"][0],
+            behaves,
+        ],
+    }
+)
+
+# %% [markdown]
+# Which came first depends on how many questions one can afford: activations are read on a few dozen prompts
+# in seconds, while a rate of a few percent needs hundreds of answers and a judge. The loss alone says
+# nothing of either.
+
+# %% [markdown]
+# ## Next
+#
+# - `persona-probe timeline --base B --checkpoints RUN --sae SAE --benign T1 --benign T2 --questions Q --out
+#   out/t`; it reads only what is new when the run has got further.
+# - `timeline` also takes unrelated tunes by name, and `.shared()` says which latents they have in common:
+#   `persona-probe timeline` without arguments does that for the organism's tunes.
+# - Take the latent that rose first to [02_from_diff_to_causal_latent](02_from_diff_to_causal_latent.ipynb):
+#   rising is not yet causing.
