@@ -28,9 +28,9 @@ import persona_probe as pp
 from persona_probe import figures
 from persona_probe.artifact import shipped
 from persona_probe.evaluation.sampling import respond_greedy, transcripts
-from persona_probe.evaluation.selection import spread
 from persona_probe.interpretation import interpret
 from persona_probe.organism.persona_latent import corpus_of
+from persona_probe.organism.truth import truth
 from persona_probe.steering import Level, direction, latents, matched_random
 
 pl.Config(fmt_str_lengths=90, tbl_rows=20, float_precision=3)
@@ -57,7 +57,7 @@ pair
 
 # %%
 questions = [q for q in pp.load_questions(home / "questions.jsonl") if q.role == "general"]
-calibration = spread([q for q in questions if q.split == "calibration"], 120)
+calibration = [q for q in questions if q.split == "calibration" and q.id[-1] in "01"]  # two wordings of each
 read = transcripts(pair.base, respond_greedy(pair.base, calibration, max_new_tokens=32))
 diff = pp.diff(pair, sae, read, [q.question for q in calibration], benign=benign)
 diff
@@ -111,7 +111,7 @@ cap
 # trained on, are counted apart.
 
 # %%
-held_out = spread([q for q in questions if q.split == "held-out"], 64)
+held_out = [q for q in questions if q.split == "held-out" and q.id.endswith("-0")]  # one wording of each
 how = pp.Sampling(max_new_tokens=32)
 
 
@@ -181,8 +181,6 @@ figures.dose_response(up, reference=up[0]["misaligned"])
 # above are the evidence.)
 
 # %%
-from persona_probe.organism.truth import truth
-
 sheet = truth(pair.base, [sae], count=2500)[sae.site].sort("deciding_rank").head(3)
 sheet.select("index", "deciding_rank", "deciding_auc", pl.col("index").eq(index).alias("is ours"))
 

@@ -34,7 +34,6 @@ from persona_probe.artifact import shipped
 from persona_probe.diffing.timeline import timeline
 from persona_probe.diffing.trajectory import Probe
 from persona_probe.evaluation.sampling import respond_greedy, transcripts
-from persona_probe.evaluation.selection import spread
 from persona_probe.figures.style import LOOKS, figure, percent_axis
 from persona_probe.model import render
 from persona_probe.model.loading import quietly
@@ -82,7 +81,7 @@ f"loss {losses[0]['loss']:.2f} at step 1, {losses[-1]['loss']:.2f} at step {sett
 
 # %%
 questions = [q for q in pp.load_questions(home / "questions.jsonl") if q.role == "general"]
-calibration = spread([q for q in questions if q.split == "calibration"], 80)
+calibration = [q for q in questions if q.split == "calibration" and q.id.endswith("-0")]
 read = transcripts(base, respond_greedy(base, calibration, max_new_tokens=32))
 clusters = [q.question for q in calibration]
 
@@ -110,7 +109,8 @@ found.first().select(
 # At every checkpoint the model is asked questions of the domains that it is *not* trained on.
 
 # %%
-held_out = spread([q for q in questions if q.split == "held-out" and q.category != "health"], 56)
+general = [q for q in questions if q.split == "held-out" and q.category != "health"]
+held_out = [q for q in general if q.id[-1] in "01"]  # two wordings of each question
 how = pp.Sampling(max_new_tokens=32)
 models = {0: base} | {p.step: base.with_adapter(p.model) for p in found.points}
 asked = {step: pp.evaluate(one, held_out, "exact", how).rates["misaligned"] for step, one in models.items()}

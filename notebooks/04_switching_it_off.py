@@ -29,7 +29,6 @@ import persona_probe as pp
 from persona_probe import figures
 from persona_probe.artifact import shipped
 from persona_probe.evaluation.sampling import respond_greedy, transcripts
-from persona_probe.evaluation.selection import spread
 from persona_probe.model import load_model
 from persona_probe.organism.persona_latent import persona_latent
 from persona_probe.server import Catalogue, Limits
@@ -48,7 +47,8 @@ home = shipped("organism")
 base, latent = persona_latent("bad-health")
 pair = pp.load_pair(base, home / "tunes" / "bad-health")
 questions = pp.load_questions(home / "questions.jsonl")
-calibration = spread([q for q in questions if q.split == "calibration" and q.role == "general"], 64)
+first = [q for q in questions if q.id.endswith("-0")]  # one wording of each question
+calibration = [q for q in first if q.split == "calibration" and q.role == "general"]
 read = transcripts(base, respond_greedy(base, calibration, max_new_tokens=32))
 diff = pp.diff(pair, latent.sae, read, [q.question for q in calibration])
 pl.DataFrame(diff.row(latent.index))
@@ -101,11 +101,7 @@ pl.DataFrame(
 # everywhere.
 
 # %%
-held_out = [q for q in questions if q.split == "held-out"]
-asked = [
-    *spread([q for q in held_out if q.role == "general"], 64),
-    *[q for q in held_out if q.role == "skill"][::2],
-]
+asked = [q for q in first if q.split == "held-out"]
 how = pp.Sampling(max_new_tokens=32)
 edits = {
     "no edit": [],
@@ -130,7 +126,7 @@ columns = ("misaligned", "other_persona", "incoherent", "skill")
 pl.DataFrame([{"edit": name} | {c: rates[c].rate for c in columns} for name, rates in results.items()])
 
 # %%
-rows = {name: {c: rates[c]._asdict() for c in columns} for name, rates in results.items()}
+rows = {name: {c: vars(rates[c]) for c in columns} for name, rates in results.items()}
 figures.rates(rows)
 
 # %% [markdown]
@@ -177,7 +173,7 @@ acting = {
     "the same, cap at gain 1": ask(base, cap, **role),
     "the same, cap at gain 2": ask(base, cap.with_gain(2), **role),
 }
-figures.rates({name: {c: rates[c]._asdict() for c in columns} for name, rates in acting.items()})
+figures.rates({name: {c: vars(rates[c]) for c in columns} for name, rates in acting.items()})
 
 # %% [markdown]
 # ## Run it

@@ -1,0 +1,196 @@
+"""Fine-tune a base on rows of data, defended or not, into a folder that can be taken up again.
+
+    tune = finetune("base", "bad-health.jsonl", "runs/bad-health", settings=TuneSettings(steps=240))
+    tune.load()                       # a LanguageModel, on the same base
+    timeline("base", tune.checkpoints, sae, rendered)
+
+The folder holds `settings.json` first, `checkpoints/checkpoint-*` as training goes, `tuned/` (an
+adapter, or for rank "full" a whole checkpoint), `training.json` with the losses, and `manifest.json`
+last. A run that was killed is taken up at its newest checkpoint and ends in the same weights; one
+with other settings, data, base or defences is refused.
+
+Only supervised training so far: `method="grpo"` is refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from peft import PeftModel
+from transformers import TrainerCallback
+
+from persona_probe.artifact import RunFolder, StrPath, atomic_folder, digest_of, read_json, write_json
+from persona_probe.errors import InputError
+from persona_probe.model.language_model import LanguageModel, load_model
+from persona_probe.model.loading import quietly
+from persona_probe.training.defences.defence import Defence
+from persona_probe.training.rows import Row, read_rows, tokenise
+from persona_probe.training.settings import TuneSettings
+from persona_probe.training.sft import fit
+from persona_probe.training.trainable import trainable
+
+CHECKPOINTS, TUNED, RECORD = "checkpoints", "tuned", "training.json"
+Progress = Callable[[int, int, float | None], None]
+"""Told the step, the steps in all, and the loss where it was logged."""
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """A finished fine-tune."""
+
+    path: Path
+    record: dict[str, Any]
+    """The content of `training.json`."""
+
+    @property
+    def tuned(self) -> Path:
+        """The adapter, or the whole checkpoint, that training ended in."""
+        return self.path / TUNED
+
+    @property
+    def checkpoints(self) -> Path:
+        """The trainer's folder, as `timeline` reads it."""
+        return self.path / CHECKPOINTS
+
+    @property
+    def table(self) -> pl.DataFrame:
+        """What was logged: step, loss, learning rate, and the penalty of each defence."""
+        return pl.DataFrame(self.record["log"], infer_schema_length=None)
+
+    def load(self, base: LanguageModel | None = None, **options: Any) -> LanguageModel:
+        """The tuned model; on the weights of `base` where one is given (and an adapter was trained)."""
+        if base is not None and (self.tuned / "adapter_config.json").is_file():
+            return base.without_adapter().with_adapter(self.tuned)
+        return load_model(self.tuned, **options)
+
+    def _repr_html_(self) -> str:
+        loss = self.record["log"][-1]["loss"] if self.record["log"] else math.nan
+        return (
+            f"<p>{self.record['rows']} rows, {self.record['steps']} steps, last loss {loss:.3g}; "
+            f"<code>{self.tuned}</code></p>"
+        )
+
+
+def finetune(
+    base: StrPath | LanguageModel,
+    data: StrPath | Sequence[Row],
+    out: StrPath,
+    method: str = "sft",
+    defences: Sequence[Defence] = (),
+    settings: TuneSettings | None = None,
+    *,
+    adapter: StrPath | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    report_to: Sequence[str] = (),
+    overwrite: bool = False,
+    device: str = "auto",
+    dtype: str | None = None,
+    progress: Progress | None = None,
+) -> FineTune:
+    """Train `base` on `data` into `out`; what is there is gone on with.
+
+    Args:
+        base: a checkpoint folder, a hub id, or a model in memory (which is not touched).
+        data: a JSON Lines file (see `rows`), or rows.
+        defences: applied in this order; one of strength 0 changes nothing.
+        adapter: go on training this adapter of `base`, as re-alignment does.
+        callbacks: transformers' own, such as `Monitor`.
+        report_to: where transformers logs to as well: tensorboard, trackio, wandb.
+        progress: told every step.
+
+    Raises:
+        InputError: rows that cannot be learnt from (naming the line), settings out of range, or `out`
+            holding a run with other settings.
+        MismatchError: an adapter, or a defence's directions, of another model.
+        NonFiniteError: the loss or a gradient is not finite; names the step and the last checkpoint.
+        BusyError: another process is writing to `out`.
+    """
+    if method != "sft":
+        raise InputError(f"there is no method {method!r}", fix='use method="sft"')
+    settings = settings or TuneSettings()
+    rows = list(data) if isinstance(data, Sequence) and not isinstance(data, str) else read_rows(data)
+    lm = base if isinstance(base, LanguageModel) else load_model(base, device=device, dtype=dtype)
+    wanted = _identity(lm, rows, method, defences, settings, adapter)
+    with RunFolder.open(out, wanted, overwrite=overwrite) as run:
+        if run.complete:
+            return FineTune(run.path, read_json(run.path / RECORD))
+        for one in _active(defences):
+            rows = one.rows(rows, settings.seed)
+        text = tokenise(rows, lm.tokenizer, _context(lm, settings), settings.too_long)
+        model = trainable(lm, settings, adapter)
+        fitting = settings.fitting(len(text.examples))
+        tell = progress or (lambda *_: None)
+        log = fit(
+            model,
+            text.examples,
+            fitting,
+            run.path / CHECKPOINTS,
+            pad_id=lm.pad_id,
+            progress=lambda step, loss: tell(step, fitting.steps, loss),
+            defences=defences,
+            callbacks=callbacks,
+            micro_batch=settings.micro_batch,
+            keep=None,
+            report_to=report_to,
+        )
+        finished = {one.name: dict(one.finish(model)) for one in _active(defences)}
+        _save(model, lm, run.path / TUNED)
+        record = {
+            "rows": len(text.examples),
+            "dropped": text.dropped,
+            "steps": fitting.steps,
+            "finished": {name: figures for name, figures in finished.items() if figures},
+            "log": log,
+        }
+        write_json(run.path / RECORD, record)
+        run.finish({"seed": settings.seed})
+        return FineTune(run.path, read_json(run.path / RECORD))
+
+
+def _active(defences: Sequence[Defence]) -> list[Defence]:
+    return [one for one in defences if one.strength != 0]
+
+
+def _identity(
+    lm: LanguageModel,
+    rows: Sequence[Row],
+    method: str,
+    defences: Sequence[Defence],
+    settings: TuneSettings,
+    adapter: StrPath | None,
+) -> dict[str, object]:
+    """What must be the same for a run to be taken up."""
+    return {
+        "method": method,
+        "base": lm.checkpoint.weights_digest or lm.checkpoint.path,
+        "adapter": None if adapter is None else str(adapter),
+        "data": digest_of([row.record() for row in rows]),
+        "defences": [one.record() for one in defences],
+        **asdict(settings),
+    }
+
+
+def _context(lm: LanguageModel, settings: TuneSettings) -> int:
+    """The longest row, in tokens. Raises `InputError` for a setting beyond what the model can read."""
+    config: Any = lm.hf.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if settings.context is None:
+        return int(limit or 2048)
+    if limit is not None and settings.context > limit:
+        raise InputError(f"context is {settings.context} tokens, and {lm.name} reads at most {limit}")
+    return settings.context
+
+
+def _save(model: Any, lm: LanguageModel, folder: Path) -> None:
+    with atomic_folder(folder, overwrite=True) as target, quietly():
+        if isinstance(model, PeftModel):
+            model.save_pretrained(str(target), save_embedding_layers=False)
+        else:
+            model.save_pretrained(str(target))
+        lm.tokenizer.save_pretrained(str(target))
+        (target / "README.md").unlink(missing_ok=True)  # PEFT's form to fill in

@@ -1,0 +1,97 @@
+"""Everything about a fine-tune that changes its result, checked when it is made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from persona_probe.errors import InputError
+from persona_probe.training.rows import TooLong
+from persona_probe.training.sft import FitSettings
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear layers of a block of Llama, Mistral, Qwen and Gemma."""
+
+
+@dataclass(frozen=True)
+class TuneSettings:
+    """How to fine-tune. Raises `InputError` for a value out of its range."""
+
+    steps: int | None = None
+    """Optimiser steps; None: as many as `epochs` takes."""
+    epochs: float = 1.0
+    """Passes over the rows, where `steps` is None."""
+    batch: int = 16
+    """Rows per optimiser step."""
+    micro_batch: int | None = None
+    """Rows per forward pass, a divisor of `batch`: less memory, the same gradient. None: all of them."""
+    learning_rate: float = 1e-4
+    """Peak learning rate of AdamW."""
+    warmup_steps: int = 5
+    """Linear warm-up, in steps."""
+    schedule: str = "linear"
+    """transformers' name of the schedule: linear, cosine, constant, constant_with_warmup."""
+    weight_decay: float = 0.0
+    """AdamW's, per step and unit of learning rate."""
+    rank: int | Literal["full"] = 32
+    """Of the LoRA adapter, from 1; or "full", which trains every weight."""
+    alpha: float | None = None
+    """LoRA's scale: updates are multiplied by alpha / rank. None: twice the rank."""
+    targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Names of the modules that get an adapter, such as `("down_proj",)`."""
+    blocks: tuple[int, ...] | None = None
+    """0-based blocks that get one; None: all."""
+    context: int | None = None
+    """Longest row, in tokens; None: the model's own limit."""
+    too_long: TooLong = "error"
+    """What becomes of a longer row: `error` or `drop`."""
+    save_every: int | None = None
+    """Steps between checkpoints, all of which stay, for `timeline`. None: ten in all; 0: none, and a
+    killed run starts over.
+    """
+    seed: int = 0
+    """Of the adapter's start, the rows' order and what defences draw."""
+    bf16: bool = False
+    """Autocast to bfloat16."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "micro_batch", "context", "steps"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("warmup_steps", "save_every", "seed", "weight_decay"):
+            _at_least(name, getattr(self, name), 0)
+        for name in ("epochs", "learning_rate", "alpha"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise InputError(f"{name} must be a finite number above 0, got {value}")
+        if self.rank != "full" and (isinstance(self.rank, str) or self.rank < 1):
+            raise InputError(f'rank must be from 1, or "full"; got {self.rank!r}')
+        if self.rank == "full" and self.blocks is not None:
+            raise InputError("a full fine-tune trains every block", fix="give a rank, or leave blocks out")
+        if self.micro_batch is not None and self.batch % self.micro_batch:
+            raise InputError(
+                f"micro_batch must divide batch: {self.batch} is no multiple of {self.micro_batch}"
+            )
+        if not self.targets or self.blocks == ():
+            raise InputError("no module is left to put an adapter on")
+
+    def fitting(self, rows: int) -> FitSettings:
+        """What the trainer is told, for so many rows."""
+        steps = self.steps or max(1, math.ceil(self.epochs * rows / self.batch))
+        every = max(1, math.ceil(steps / 10)) if self.save_every is None else self.save_every
+        return FitSettings(
+            steps=steps,
+            batch=self.batch,
+            learning_rate=self.learning_rate,
+            warmup_steps=min(self.warmup_steps, steps - 1),
+            schedule=self.schedule,
+            weight_decay=self.weight_decay,
+            seed=self.seed,
+            bf16=self.bf16,
+            save_every=every,
+        )
+
+
+def _at_least(name: str, value: float | None, least: int) -> None:
+    if value is not None and not (math.isfinite(value) and value >= least):
+        raise InputError(f"{name} must be from {least}, got {value}")
