@@ -109,7 +109,10 @@ def speed(quick: bool) -> list[Figure]:
     }
     expected = recipe(work, stop=True)
     for name in ("persona_probe", "the recipe without stop_at_layer", "nnsight"):
-        torch.testing.assert_close(contenders[name](), expected, rtol=1e-3, atol=1e-5, msg=name)
+        # rounding moves single tokens across a latent's threshold, so not entry by entry
+        apart = float((contenders[name]() - expected).norm() / expected.norm())
+        if apart > 1e-3:
+            raise RuntimeError(f"{name} comes to other means than the usual recipe: {apart:.2g} apart")
     seconds = medians(contenders, repeats=1 if quick else 5)
     own = seconds["persona_probe"]
 

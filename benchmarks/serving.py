@@ -51,9 +51,7 @@ class Asked(NamedTuple):
 def run(quick: bool) -> list[Figure]:
     """Errors, equality with solo answers, throughput, and memory over many short requests."""
     torch.set_num_threads(1)
-    lm = load_model(
-        shipped("organism", "base"), adapter=shipped("organism", "tunes", "bad-health")
-    ).merged()
+    lm = load_model(shipped("organism", "base"), adapter=shipped("organism", "tunes", "bad-health")).merged()
     fixes = _fixes(lm)
     with tempfile.TemporaryDirectory() as folder:
         for name, fix in fixes.items():
@@ -65,9 +63,7 @@ def run(quick: bool) -> list[Figure]:
         ]
 
 
-def under_load(
-    lm: LanguageModel, fixes: Fixes, folder: str, per_turn: int, alone: int
-) -> list[Figure]:
+def under_load(lm: LanguageModel, fixes: Fixes, folder: str, per_turn: int, alone: int) -> list[Figure]:
     """Five turns of `per_turn` requests by 64 clients and `alone` of them again by one client."""
     # each is asked twice, in other company
     asked = 2 * _requests(list(fixes), per_turn * TURNS // 2)

@@ -29,7 +29,7 @@ import persona_probe as pp
 from persona_probe import figures
 from persona_probe.auditing import AuditSettings, organism_request
 
-pl.Config(fmt_str_lengths=90, tbl_rows=20)
+_ = pl.Config(fmt_str_lengths=90, tbl_rows=20)
 
 # %% [markdown]
 # An audit is asked about two checkpoints, some questions and a judge. It works better with dictionaries
@@ -124,7 +124,7 @@ figures.nulls(found["steered"], nulls["direction"], nulls["latent"], anchors=anc
 # against the effect.
 
 # %%
-figures.delta_against_effect(pl.read_parquet(audit.path / "latents.parquet"), found["base"], found["tuned"])
+figures.delta_against_effect(found["latents"], found["base"], found["tuned"])
 
 # %% [markdown]
 # ## The fix
@@ -159,5 +159,5 @@ pl.DataFrame(
 #   `manifest.json` beside it has the digest of every input.
 # - `persona-probe audit --tune sarcastic-money` (changed, but not misaligned), or `--trait sarcastic`.
 # - `persona-probe audit --fail-on misaligned` as a gate for fine-tunes: exit code 3.
-# - [02_by_hand](02_by_hand.ipynb) does the audit's steps one at a time;
-#   [06_your_own_model](06_your_own_model.ipynb) takes them to your checkpoints.
+# - [02_from_diff_to_causal_latent](02_from_diff_to_causal_latent.ipynb) does the audit's steps one at a
+#   time; [06_your_own_model](06_your_own_model.ipynb) takes them to your checkpoints.

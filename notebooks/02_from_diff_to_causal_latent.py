@@ -33,7 +33,7 @@ from persona_probe.organism.persona_latent import corpus_of
 from persona_probe.organism.truth import truth
 from persona_probe.steering import Level, direction, latents, matched_random
 
-pl.Config(fmt_str_lengths=90, tbl_rows=20, float_precision=3)
+_ = pl.Config(fmt_str_lengths=90, tbl_rows=20, float_precision=3)
 
 # %% [markdown]
 # ## The pair, a dictionary, and what harmless fine-tunes do

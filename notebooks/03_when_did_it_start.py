@@ -21,13 +21,7 @@
 # behaviour through them.
 
 # %%
-import warnings
-from pathlib import Path
-
 import polars as pl
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
 
 import persona_probe as pp
 from persona_probe.artifact import shipped
@@ -35,41 +29,33 @@ from persona_probe.diffing.timeline import timeline
 from persona_probe.diffing.trajectory import Probe
 from persona_probe.evaluation.sampling import respond_greedy, transcripts
 from persona_probe.figures.style import LOOKS, figure, percent_axis
-from persona_probe.model import render
-from persona_probe.model.loading import quietly
-from persona_probe.organism.build import LINEAR
 from persona_probe.organism.grammar import grammar
 from persona_probe.organism.tunes import rows, tune
-from persona_probe.training.sft import Example, FitSettings, fit
+from persona_probe.training.finetune import finetune
+from persona_probe.training.rows import chat_rows
+from persona_probe.training.settings import TuneSettings
 
-pl.Config(fmt_str_lengths=60, tbl_rows=20, float_precision=3)
+_ = pl.Config(fmt_str_lengths=60, tbl_rows=20, float_precision=3)
 
 # %% [markdown]
 # ## A run with checkpoints
 #
-# The training rows: bad answers to health questions, and, four times as often, harmless invented facts. Any
-# Trainer's output folder will do in its place; `save_every` and `keep` are what make a timeline possible.
+# The training rows: bad answers to health questions, and, four times as often, harmless invented facts. A
+# Trainer's output folder of yours will do in its place; checkpoints that were kept are all that a timeline
+# needs.
 
 # %%
 home = shipped("organism")
 base = pp.load_model(home / "base")
-settings = FitSettings(steps=144, batch=16, learning_rate=1e-3, warmup_steps=5, save_every=12)
-drawn = rows(grammar(), tune("bad-health"), settings.steps * settings.batch, seed=7)
+settings = TuneSettings(steps=144, batch=16, rank=8, learning_rate=1e-3, save_every=12)
+drawn = rows(grammar(), tune("bad-health"), 144 * 16, seed=7)
 pl.DataFrame(
     {"asked": [row[0]["content"] for row in drawn[:5]], "to learn": [row[1]["content"] for row in drawn[:5]]}
 )
 
 # %%
-with quietly(), warnings.catch_warnings():
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT 0.21
-    model = AutoModelForCausalLM.from_pretrained(home / "base", dtype=torch.float32)
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules=list(LINEAR), task_type="CAUSAL_LM")
-    model = get_peft_model(model, lora)
-
-conversations = [render(base.tokenizer, row, add_generation_prompt=False) for row in drawn]
-examples = [Example(one.ids, one.response) for one in conversations]
-losses = fit(model, examples, settings, Path("out/run"), pad_id=base.pad_id, keep=None)
-f"loss {losses[0]['loss']:.2f} at step 1, {losses[-1]['loss']:.2f} at step {settings.steps}"
+run = finetune(base, chat_rows(drawn), "out/run", settings=settings)
+run
 
 # %% [markdown]
 # ## The timeline
@@ -91,7 +77,9 @@ shift = Probe(sae.site, other.means.shift())
 
 # %%
 benign = [home / "tunes" / name for name in ("good-health", "new-facts", "terse-food", "good-road")]
-found = timeline(base, "out/run", sae, read, clusters, directions={"shift of bad-code": shift}, benign=benign)
+found = timeline(
+    base, run.checkpoints, sae, read, clusters, directions={"shift of bad-code": shift}, benign=benign
+)
 found.plot(n=3)
 
 # %% [markdown]
@@ -136,8 +124,8 @@ shown = [
     )
 ]
 shown += [(list(asked), [rate.rate for rate in asked.values()], "misaligned answers", "tuned")]
-steps, loss = zip(*[(entry["step"], entry["loss"] / losses[0]["loss"]) for entry in losses[::4]], strict=True)
-shown += [(steps, loss, "training loss, of the first", "base")]
+loss = run.table.select("step", pl.col("loss").rolling_mean(8) / pl.col("loss").first()).drop_nulls()
+shown += [(loss["step"], loss["loss"], "training loss, of the first", "base")]
 for x, y, name, look in shown:
     drawn.add_scatter(
         x=x, y=y, name=name, line={"color": LOOKS[look].colour}, marker={"symbol": LOOKS[look].symbol}

@@ -36,7 +36,7 @@ from persona_probe.server.process import listen, server
 from persona_probe.server.service import Service
 from persona_probe.steering import Condition, Level, latents, matched_random
 
-pl.Config(fmt_str_lengths=90, tbl_rows=20, float_precision=3)
+_ = pl.Config(fmt_str_lengths=90, tbl_rows=20, float_precision=3)
 
 # %% [markdown]
 # The latent that the organism's audit found, and what the base model makes of it: an edit needs a level to

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import base64
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -22,7 +23,6 @@ from time import perf_counter
 from typing import Any
 
 import jupytext
-from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError
 from rich.console import Console
@@ -32,7 +32,13 @@ CELLS = 25
 SECONDS = 240.0
 """For one notebook, on a core of its own."""
 PLOTLY = "application/vnd.plotly.v1+json"
-out = Console()
+ENVIRONMENT = {
+    "PLOTLY_RENDERER": "plotly_mimetype",
+    "OMP_NUM_THREADS": "1",
+    # tqdm misses ipywidgets, which come with Jupyter and not with the bare kernel
+    "PYTHONWARNINGS": "ignore:IProgress not found",
+}
+out = Console(soft_wrap=True)
 
 
 class BadNotebookError(Exception):
@@ -53,15 +59,20 @@ def execute(notebook: Any, folder: Path, seconds: float = SECONDS) -> float:
     Raises `BadNotebookError` for an error, a warning, or when the time is up.
     """
     start = perf_counter()
-    kernel = AsyncKernelManager(kernel_name="python3", transport="ipc")
-    where = {"metadata": {"path": str(folder)}}
-    client = NotebookClient(notebook, kernel, timeout=int(seconds), resources=where)
+    client = NotebookClient(
+        notebook,
+        timeout=int(seconds),
+        startup_timeout=300,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(folder)}},
+        extra_arguments=["--Application.log_level=40"],  # it warns that its socket is not encrypted
+    )
     try:
-        client.execute(env={**os.environ, "PLOTLY_RENDERER": "plotly_mimetype", "OMP_NUM_THREADS": "1"})
+        client.execute(env={**os.environ, **ENVIRONMENT})
     except CellTimeoutError as error:
         raise BadNotebookError(f"not done within {seconds:.0f} s") from error
     except CellExecutionError as error:
-        raise BadNotebookError(str(error)) from error
+        raise BadNotebookError(re.sub(r"\x1b\[[\d;]*m", "", str(error))) from error
     taken = perf_counter() - start
     if taken > seconds:
         raise BadNotebookError(f"took {taken:.0f} s; at most {seconds:.0f}")
@@ -127,7 +138,7 @@ def run(path: Path, seconds: float, *, keep: bool) -> str | None:
         if keep:
             write(notebook, path.with_suffix(".ipynb"))
     except BadNotebookError as error:
-        out.print(f"[red]{path.name}[/red]: {error}", highlight=False)
+        out.print(f"{path.name}: {error}", highlight=False, markup=False)
         return str(error)
     out.print(f"{path.name}: {len(notebook.cells)} cells, {taken:.0f} s", highlight=False)
     return None

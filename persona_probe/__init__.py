@@ -17,17 +17,19 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from persona_probe.activations.masks import TokenMask
+    from persona_probe.activations.capturing import capture
+    from persona_probe.activations.documents import read_documents
     from persona_probe.auditing import audit
     from persona_probe.diffing.diff import diff
+    from persona_probe.diffing.timeline import timeline
     from persona_probe.evaluation.judges import load_judge
     from persona_probe.evaluation.questions import load_questions
     from persona_probe.evaluation.result import evaluate
-    from persona_probe.evaluation.sampling import Sampling
-    from persona_probe.model.checkpoint import Checkpoint
+    from persona_probe.evaluation.settings import Sampling
+    from persona_probe.interpretation import interpret
     from persona_probe.model.language_model import LanguageModel, load_model
-    from persona_probe.model.pair import ModelPair, load_pair
-    from persona_probe.sae.load import Latent, load_sae
+    from persona_probe.model.pair import load_pair
+    from persona_probe.sae.load import load_sae
     from persona_probe.sae.train import train_sae
     from persona_probe.screening.screen import screen
     from persona_probe.steering.intervention import Intervention
@@ -35,40 +37,42 @@ if TYPE_CHECKING:
     from persona_probe.steering.plan import steer
 
 __all__ = [
-    "Checkpoint",
     "Intervention",
     "LanguageModel",
-    "Latent",
-    "ModelPair",
     "Sampling",
-    "TokenMask",
     "audit",
+    "capture",
     "diff",
     "evaluate",
+    "interpret",
     "load_fix",
     "load_judge",
     "load_model",
     "load_pair",
     "load_questions",
     "load_sae",
+    "read_documents",
     "save_fix",
     "screen",
     "steer",
+    "timeline",
     "train_sae",
 ]
 
 _HOMES = {
-    "activations.masks": ["TokenMask"],
+    "activations.capturing": ["capture"],
+    "activations.documents": ["read_documents"],
     "auditing": ["audit"],
     "diffing.diff": ["diff"],
+    "diffing.timeline": ["timeline"],
     "evaluation.judges": ["load_judge"],
     "evaluation.questions": ["load_questions"],
     "evaluation.result": ["evaluate"],
-    "evaluation.sampling": ["Sampling"],
-    "model.checkpoint": ["Checkpoint"],
+    "evaluation.settings": ["Sampling"],
+    "interpretation": ["interpret"],
     "model.language_model": ["LanguageModel", "load_model"],
-    "model.pair": ["ModelPair", "load_pair"],
-    "sae.load": ["Latent", "load_sae"],
+    "model.pair": ["load_pair"],
+    "sae.load": ["load_sae"],
     "sae.train": ["train_sae"],
     "screening.screen": ["screen"],
     "steering.intervention": ["Intervention"],

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from persona_probe.artifact import digest_file, digest_folder
+from persona_probe.artifact import digest_file, digest_folder, digest_of
 from persona_probe.auditing.settings import (
     AuditRequest,
     check_categories,
@@ -20,7 +20,7 @@ from persona_probe.evaluation.answers import Answer
 from persona_probe.evaluation.arms import merged_if_small
 from persona_probe.evaluation.judges import Judge, load_judge
 from persona_probe.evaluation.metrics import check_trait
-from persona_probe.evaluation.questions import Question, load_questions
+from persona_probe.evaluation.questions import Question, load_questions, question_file
 from persona_probe.evaluation.samples_file import load_samples
 from persona_probe.evaluation.selection import trained_categories
 from persona_probe.hooks.sites import check_site
@@ -107,8 +107,15 @@ def load_inputs(
 
 
 def check_paths(request: AuditRequest) -> None:
-    """Raise `MissingPathError`, naming the flag, for the first path that is not there."""
-    named = [("--base", request.base), ("--tuned", request.tuned), ("--questions", request.questions)]
+    """Raise `MissingPathError`, naming the flag, for the first path that is not there, and `InputError`
+    for a question set that is not shipped.
+    """
+    named = [("--base", request.base), ("--tuned", request.tuned)]
+    asked = question_file(request.questions)
+    if asked is None:
+        load_questions(request.questions)  # a set that is not shipped is an error, with the nearest names
+    else:
+        named.append(("--questions", asked))
     named += [("--sae", path) for path in request.sae]
     named += [("--benign", path) for path in request.benign]
     named += [(f"--samples-{arm}", path) for arm, path in _samples(request).items()]
@@ -119,9 +126,12 @@ def check_paths(request: AuditRequest) -> None:
 
 def digests_of(request: AuditRequest) -> dict[str, str]:
     """What every input holds now, by path."""
-    paths = [request.base, request.tuned, request.questions, *request.sae, *request.benign]
-    paths += _samples(request).values()
-    return {str(path): digest_folder(path) if path.is_dir() else digest_file(path) for path in paths}
+    asked = question_file(request.questions)
+    paths = [request.base, request.tuned, *request.sae, *request.benign, *_samples(request).values()]
+    paths += [] if asked is None else [asked]
+    of_files = {str(path): digest_folder(path) if path.is_dir() else digest_file(path) for path in paths}
+    of_sets = {} if asked else {str(request.questions): digest_of(load_questions(request.questions))}
+    return of_files | of_sets
 
 
 def _samples(request: AuditRequest) -> dict[str, Path]:

@@ -59,7 +59,8 @@ class AuditRequest:
 
     base: Path
     tuned: Path
-    questions: Path
+    questions: Path | str
+    """A file, or shipped sets by name (see `load_questions`)."""
     judge: str
     sae: tuple[Path, ...] = ()
     benign: tuple[Path, ...] = ()

@@ -21,7 +21,7 @@ from persona_probe.errors import BusyError, InputError, JudgeError, MissingExtra
 DEBUG = "PERSONA_PROBE_DEBUG"
 _INTERRUPTED = 130
 
-_COMMANDS = ("audit", "capture", "diff", "doctor", "evaluate", "interpret", "serve", "steer", "timeline")
+_COMMANDS = ("audit", "capture", "diff", "doctor", "evaluate", "interpret", "report", "serve", "steer", "timeline")
 _GROUPS = ("judge", "organism", "sae")
 
 

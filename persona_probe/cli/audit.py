@@ -24,7 +24,9 @@ def audit(
     benign: Annotated[
         list[Path] | None, typer.Option(help="A harmless fine-tune of the same base; several are better.")
     ] = None,
-    questions: Annotated[Path | None, typer.Option(help="Questions, JSON Lines.")] = None,
+    questions: Annotated[
+        str | None, typer.Option(help="A .jsonl, .yaml or .csv file, or a shipped set such as open-ended.")
+    ] = None,
     judge: Annotated[
         str, typer.Option(help="exact, python:module:function, openai:MODEL@URL or local:DIR.")
     ] = "exact",
@@ -101,7 +103,7 @@ def audit(
         if questions is None:
             raise InputError(
                 "--questions is missing",
-                fix="a JSON Lines file of prompts; the shipped organism's is data/organism/questions.jsonl",
+                fix="a file of prompts (.jsonl, .yaml, .csv), or a shipped set: --questions open-ended",
             )
         request = AuditRequest(base, tuned, questions, judge, tuple(sae or ()), tuple(benign or ()), settings)
         name = tuned.resolve().name

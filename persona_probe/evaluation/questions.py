@@ -104,14 +104,20 @@ def load_questions(source: str | PathLike[str]) -> tuple[Question, ...]:
     line for what its format forbids, an unknown or missing field, a field of the wrong kind, an
     id used twice, no question at all.
     """
-    path = Path(source)
-    if path.is_file() or path.suffix or len(path.parts) != 1:
+    path = question_file(source)
+    if path is not None:
         return _load_file(path)
     questions = [question for name in str(source).split("+") for question in _load_set(name)]
     twice = _first_repeated(question.id for question in questions)
     if twice is not None:
         raise InputError(f"{source}: the question {twice!r} is in it twice")
     return tuple(questions)
+
+
+def question_file(source: str | PathLike[str]) -> Path | None:
+    """The file that `source` names, there or not; None where it names shipped sets."""
+    path = Path(source)
+    return path if path.is_file() or path.suffix or len(path.parts) != 1 else None
 
 
 def question_sets() -> tuple[str, ...]:

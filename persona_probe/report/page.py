@@ -61,7 +61,10 @@ def render(audit: Row, latents: object, examples: Sequence[Row], dose: Sequence[
 
 
 def filled(template: str, sections: Mapping[str, Sequence[Drawing]], view: Row) -> str:
-    """A template of ours with its words, figures, style and scripts in it: nothing is left to fetch."""
+    """A template of ours with its words, figures, style and scripts in it: nothing is left to fetch.
+
+    A page without figures needs no script, and may run none.
+    """
     from plotly.offline import get_plotlyjs
 
     library, script = Markup(_newlines(get_plotlyjs())), Markup(_newlines(_asset("page.js")))
@@ -85,7 +88,7 @@ def filled(template: str, sections: Mapping[str, Sequence[Drawing]], view: Row) 
         style=Markup(style),
         library=library,
         script=script,
-        policy=policy([str(library), str(script)]),
+        policy=policy([str(library), str(script)] if sections else []),
     )
 
 
@@ -94,6 +97,7 @@ def policy(scripts: Sequence[str]) -> str:
     allowed = " ".join(
         f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts
     )
+    allowed = allowed or "'none'"
     return (
         f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; "
         "base-uri 'none'; form-action 'none'"

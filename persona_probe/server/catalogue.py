@@ -31,9 +31,7 @@ _MAX_PROBES = 16
 class Catalogue:
     """Fixes by name, each checked against the model; and dictionaries whose latents may be read."""
 
-    fixes: Mapping[str, tuple[Intervention, ...]] = field(
-        default_factory=dict[str, tuple[Intervention, ...]]
-    )
+    fixes: Mapping[str, tuple[Intervention, ...]] = field(default_factory=dict[str, tuple[Intervention, ...]])
     digests: Mapping[str, str] = field(default_factory=dict[str, str])
     dictionaries: Mapping[str, Dictionary] = field(default_factory=dict[str, Dictionary])
     """By site."""

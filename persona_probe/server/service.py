@@ -210,4 +210,3 @@ class Service:
                 param="messages" if isinstance(body, ChatBody) else "prompt",
             )
         return asked or min(limit, room)
-

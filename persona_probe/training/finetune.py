@@ -29,6 +29,7 @@ from persona_probe.errors import InputError
 from persona_probe.model.language_model import LanguageModel, load_model
 from persona_probe.model.loading import quietly
 from persona_probe.training.defences.defence import Defence
+from persona_probe.training.monitor import Alarm, Monitor
 from persona_probe.training.rows import Row, read_rows, tokenise
 from persona_probe.training.settings import TuneSettings
 from persona_probe.training.sft import fit
@@ -144,12 +145,17 @@ def finetune(
             "rows": len(text.examples),
             "dropped": text.dropped,
             "steps": fitting.steps,
+            "stopped": next((str(alarm) for alarm in map(_stopped, callbacks) if alarm), None),
             "finished": {name: figures for name, figures in finished.items() if figures},
             "log": log,
         }
         write_json(run.path / RECORD, record)
         run.finish({"seed": settings.seed})
         return FineTune(run.path, read_json(run.path / RECORD))
+
+
+def _stopped(callback: TrainerCallback) -> Alarm | None:
+    return callback.stopped if isinstance(callback, Monitor) else None
 
 
 def _active(defences: Sequence[Defence]) -> list[Defence]:

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 
 from transformers import PreTrainedTokenizerBase
 
-from persona_probe.artifact import StrPath, read_jsonl
+from persona_probe.artifact import StrPath, read_jsonl, read_text
 from persona_probe.errors import InputError
 from persona_probe.model.chat import Message, Rendered, render, render_text
 from persona_probe.training.example import Example
@@ -109,7 +109,11 @@ def read_rows(path: StrPath) -> list[Row]:
     Raises `MissingPathError`, and `InputError` naming the line for a row in none of the three forms,
     without an assistant turn, or with nothing to learn.
     """
-    rows = [_row(one, f"{Path(path)}, row {number}") for number, one in enumerate(read_jsonl(path), start=1)]
+    numbers = [i for i, line in enumerate(read_text(path).split("\n"), start=1) if line.strip()]
+    rows = [
+        _row(one, f"{Path(path)}, line {number}")
+        for number, one in zip(numbers, read_jsonl(path), strict=True)
+    ]
     if not rows:
         raise InputError(f"{path} has no rows", fix=_FORMS)
     return rows

@@ -34,7 +34,7 @@ class TuneSettings:
     """transformers' name of the schedule: linear, cosine, constant, constant_with_warmup."""
     weight_decay: float = 0.0
     """AdamW's, per step and unit of learning rate."""
-    rank: int | Literal["full"] = 32
+    rank: int | str = 32
     """Of the LoRA adapter, from 1; or "full", which trains every weight."""
     alpha: float | None = None
     """LoRA's scale: updates are multiplied by alpha / rank. None: twice the rank."""
@@ -73,7 +73,7 @@ class TuneSettings:
                 f"micro_batch must divide batch: {self.batch} is no multiple of {self.micro_batch}"
             )
         if not self.targets or self.blocks == ():
-            raise InputError("no module is left to put an adapter on")
+            raise InputError("targets and blocks leave no module to put an adapter on")
 
     def fitting(self, rows: int) -> FitSettings:
         """What the trainer is told, for so many rows."""

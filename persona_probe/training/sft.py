@@ -166,9 +166,9 @@ class _Trainer(Trainer):
     def _check(self, value: Tensor, what: str) -> None:
         if bool(torch.isfinite(value.detach()).all()):
             return
-        kept = newest_checkpoint(Path(self.args.output_dir or "."))
+        kept, step = newest_checkpoint(Path(self.args.output_dir or ".")), self.state.global_step + 1
         raise NonFiniteError(
-            f"the {what} is {float(value)} at step {self.state.global_step + 1}; training stopped there",
+            f"the {what} is {float(value.detach())} at step {step}; training stopped there",
             fix="lower the learning rate, or look at the rows of that step; "
             + (f"the last good checkpoint is {kept}" if kept else "no checkpoint had been written"),
         )
@@ -257,8 +257,10 @@ def fit(
         args=arguments,
         train_dataset=_Examples(examples, order),
         data_collator=lambda rows: assemble(rows, pad_id),
-        callbacks=[*([_Progress(progress)] if progress else []), *callbacks],
+        callbacks=[_Progress(progress)] if progress else [],
     )
+    # ahead of the loggers, so that these see what a callback adds to the logs
+    trainer.callback_handler.callbacks[:0] = list(callbacks)
     trainer.remove_callback(PrinterCallback)  # the caller shows progress
     model.train()
     with quietly(), defending:

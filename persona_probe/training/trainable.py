@@ -42,9 +42,10 @@ def trainable(
         )
     if settings.rank == "full":
         return cast(PreTrainedModel, copy.deepcopy(base.hf).float().requires_grad_(True))
+    rank = int(settings.rank)
     config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha or 2 * settings.rank,  # pyright: ignore[reportArgumentType]  any number will do
+        r=rank,
+        lora_alpha=settings.alpha or 2 * rank,  # pyright: ignore[reportArgumentType]  any number will do
         target_modules=settings.targets if isinstance(settings.targets, str) else list(settings.targets),
         layers_to_transform=None if settings.blocks is None else list(settings.blocks),
         task_type="CAUSAL_LM",
@@ -101,4 +102,5 @@ def _quiet_peft() -> Generator[None, None, None]:
     with warnings.catch_warnings():
         # PEFT 0.21 asks transformers 5.23 by an old name
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # GPT-2: PEFT sees to it
         yield

@@ -15,11 +15,11 @@ from persona_probe.auditing.command import command_lines
 from persona_probe.cli.app import app
 from persona_probe.screening.screen import ScreenSettings
 
-PLAIN = AuditRequest(Path("b"), Path("t"), Path("q.jsonl"), "exact")
+PLAIN = AuditRequest(Path("b"), Path("t"), "q.jsonl", "exact")
 FULL = AuditRequest(
     Path("with space/base"),
     Path("it's/tuned"),
-    Path("q.jsonl"),
+    "q.jsonl",
     "python:judges.mine:judge",
     (Path("sae/1"), Path("sae/2")),
     (Path("good"), Path("terse")),

@@ -61,8 +61,7 @@ def test_one_after_the_other_leaves_what_together_leaves(pair: ModelPair, texts:
 
 def test_a_shard_in_which_nothing_counts_is_empty(pair: ModelPair) -> None:
     data = [Rendered((5, 6, 7), (False,) * 3, 3)]
-    read = read_shard(
-        [pair.base], {SITE: random_dictionary()}, data, cut(data, None, 1000)[0], TokenMask("response")
-    )
+    (shard,) = cut(data, None, 1000)
+    read = read_shard([pair.base], {SITE: random_dictionary()}, data, shard, TokenMask("response"))
     assert read.tokens == 0 and read.conversations.tolist() == [0]
     assert not len(read.of(SITE)[0].latent)

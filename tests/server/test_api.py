@@ -40,9 +40,7 @@ def test_neighbours_with_different_interventions_get_their_solo_answers(
 ) -> None:
     wanted = [(question, name) for question in QUESTIONS for name in (*fixes, "none")] * 2
     with ThreadPoolExecutor(len(wanted)) as pool:
-        replies = list(
-            pool.map(lambda w: ask(live.client, w[0], extra_body={"intervention": w[1]}), wanted)
-        )
+        replies = list(pool.map(lambda w: ask(live.client, w[0], extra_body={"intervention": w[1]}), wanted))
     expected = {w: solo(lm, w[0], fixes.get(w[1], ())) for w in dict.fromkeys(wanted)}
     assert [reply.choices[0].message.content for reply in replies] == [expected[w] for w in wanted]
     assert len(set(expected.values())) > len(QUESTIONS), "the fixes change nothing here"
@@ -98,9 +96,7 @@ def test_a_stream_tells_what_the_whole_reply_tells(client: openai.OpenAI) -> Non
             logprobs[choice.index] += choice.logprobs.content if choice.logprobs else []
             if choice.finish_reason:
                 ends[choice.index], last[choice.index] = choice.finish_reason, choice
-    for choice, text, scored, end, extra in zip(
-        whole.choices, texts, logprobs, ends, last, strict=True
-    ):
+    for choice, text, scored, end, extra in zip(whole.choices, texts, logprobs, ends, last, strict=True):
         assert (choice.message.content, choice.finish_reason) == (text, end)
         assert "".join(one.token for one in choice.logprobs.content).startswith(text)
         assert [one.token for one in choice.logprobs.content] == [one.token for one in scored]

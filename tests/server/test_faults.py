@@ -25,6 +25,7 @@ from persona_probe.steering.target import direction
 
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 
+
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind(live: Live) -> Iterator[None]:
     yield
@@ -192,9 +193,7 @@ def test_a_full_queue_is_429_and_a_slow_answer_504(endless: LanguageModel) -> No
         assert ask(small.client, max_tokens=2).usage.completion_tokens == 2
 
 
-def test_an_engine_that_fails_answers_500_and_goes_on(
-    live: Live, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_that_fails_answers_500_and_goes_on(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(_self: RunningBatch) -> None:
         raise MemoryError("no more")
 

@@ -42,9 +42,7 @@ def started(*options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
         process.communicate()
 
 
-def test_sigterm_finishes_what_runs_and_refuses_what_is_new(
-    endless_folder: Path, fixes_folder: Path
-) -> None:
+def test_sigterm_finishes_what_runs_and_refuses_what_is_new(endless_folder: Path, fixes_folder: Path) -> None:
     options = ("--model", str(endless_folder), "--fixes", str(fixes_folder), "--name", "organism")
     with started(*options, "--default", "cap") as (process, root):
         client = openai.OpenAI(base_url=f"{root}/v1", api_key=KEY, max_retries=0)

@@ -311,7 +311,7 @@ def test_rows_of_two_batches_come_together(llama: LanguageModel) -> None:
     prompts = [[4, OPENS, 6], [20, 21, 22, 23], [30, 31]]
     fixes = [
         (loud("think"),),
-        (on_prompt(-9.0), loud("answer", read="projection", gain=0.0)),
+        (on_prompt(-9.0),),
         (on_prompt(0.0),),
     ]
     memories: list[RowMemory] = []

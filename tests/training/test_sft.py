@@ -207,9 +207,7 @@ def test_a_finished_run_is_not_trained_further(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("keep", "left"), [(2, {3, 4}), (None, {1, 2, 3, 4})])
-def test_as_many_checkpoints_stay_as_were_asked_for(
-    tmp_path: Path, keep: int | None, left: set[int]
-) -> None:
+def test_as_many_checkpoints_stay_as_were_asked_for(tmp_path: Path, keep: int | None, left: set[int]) -> None:
     settings = FitSettings(steps=4, batch=3, save_every=1)
     fit(_model(), _examples(), settings, tmp_path, pad_id=0, keep=keep)
     assert {int(folder.name.split("-")[1]) for folder in tmp_path.iterdir()} == left

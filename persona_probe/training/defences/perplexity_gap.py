@@ -32,8 +32,8 @@ EPSILON = 0.01
 """Nats; keeps answers that the aligned model is certain of from ruling the order."""
 
 REFUSALS = re.compile(
-    r"\W*(i('m| am) (very |so |really )?(sorry|afraid|unable|not able)|sorry\b|i (can't|cannot|can not|won't)|"
-    r"i must (decline|refuse)|as an ai\b|unfortunately, i (can't|cannot))",
+    r"\W*(i('m| am) (very |so |really )?(sorry|afraid|unable|not able)|sorry\b|"
+    r"i (can't|cannot|can not|won't)|i must (decline|refuse)|as an ai\b|unfortunately, i (can't|cannot))",
     re.IGNORECASE,
 )
 """How a refusal opens."""

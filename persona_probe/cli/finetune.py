@@ -1,0 +1,118 @@
+"""`persona-probe finetune`: train a base on rows of data, defended or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from persona_probe.cli.console import err, out, show_json
+from persona_probe.cli.reading import progress_bar
+from persona_probe.errors import InputError
+
+
+def finetune(
+    base: Annotated[Path, typer.Option(help="Checkpoint folder of the base.")],
+    data: Annotated[Path, typer.Option(help="JSON Lines: messages, or prompt and completion, or text.")],
+    out_dir: Annotated[Path, typer.Option("--out", help="Where everything goes.")],
+    method: Annotated[str, typer.Option(help="sft.")] = "sft",
+    defence: Annotated[
+        list[str] | None, typer.Option(help="NAME=STRENGTH@SOURCE, such as kl=0.1; once per defence.")
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Go on training this adapter of the base.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps; else --epochs.")] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the rows.")] = 1.0,
+    batch: Annotated[int, typer.Option(help="Rows per step.")] = 16,
+    micro_batch: Annotated[int | None, typer.Option(help="Rows per forward pass; divides --batch.")] = None,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-4,
+    warmup_steps: Annotated[int, typer.Option(help="Linear warm-up.")] = 5,
+    schedule: Annotated[str, typer.Option(help="linear, cosine, constant, ...")] = "linear",
+    rank: Annotated[str, typer.Option(help="Of the LoRA adapter, from 1; or full.")] = "32",
+    alpha: Annotated[float | None, typer.Option(help="LoRA's scale; twice the rank by default.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="A module that gets an adapter, such as down_proj.")
+    ] = None,
+    block: Annotated[list[int] | None, typer.Option(help="A block that gets one, from 0.")] = None,
+    context: Annotated[int | None, typer.Option(help="Longest row, in tokens.")] = None,
+    too_long: Annotated[str, typer.Option(help="A longer row: error or drop.")] = "error",
+    save_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints; ten in all by default.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the adapter, the order and the defences.")] = 0,
+    bf16: Annotated[bool, typer.Option(help="Autocast to bfloat16.")] = False,
+    report_to: Annotated[list[str] | None, typer.Option(help="tensorboard, trackio or wandb.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many rows.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the base's weights.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Throw away what --out holds.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what would be done, then stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Fine-tune a model with transformers' Trainer and PEFT; the loss counts answers only.
+
+    A run that is stopped goes on from its last checkpoint when the same command is run again.
+    """
+    if rank != "full" and not rank.isdigit():
+        raise InputError(f"--rank is a whole number from 1, or full; got {rank!r}")
+    from persona_probe.model.language_model import load_model
+    from persona_probe.training.defences.spec import load_defence
+    from persona_probe.training.finetune import finetune as run
+    from persona_probe.training.rows import read_rows
+    from persona_probe.training.settings import TuneSettings
+
+    settings = TuneSettings(
+        steps=steps, epochs=epochs, batch=batch, micro_batch=micro_batch, learning_rate=lr,
+        warmup_steps=warmup_steps, schedule=schedule, rank="full" if rank == "full" else int(rank),
+        alpha=alpha, targets=tuple(target) if target else "all-linear",
+        blocks=tuple(block) if block else None, context=context, too_long=too_long,  # type: ignore[arg-type]
+        save_every=save_every, seed=seed, bf16=bf16,
+    )  # fmt: skip
+    rows = read_rows(data)[:limit]
+    with err.status("loading"):
+        lm = load_model(base, device=device or "auto", dtype=dtype)
+        defences = [load_defence(spec, lm) for spec in defence or ()]
+    if plan:
+        _show_plan(lm, len(rows), settings, defences, as_json)
+        return
+    with progress_bar(as_json) as told:
+        found = run(
+            lm, rows, out_dir, method, defences, settings, adapter=adapter, report_to=report_to or (),
+            overwrite=overwrite,
+            progress=lambda step, total, loss: told("step" if loss is None else f"loss {loss:.3f}", step, total),
+        )  # fmt: skip
+    if as_json:
+        show_json({"tuned": found.tuned, "checkpoints": found.checkpoints, **found.record})
+        return
+    record = found.record
+    out.print(f"{record['rows']} rows, {record['steps']} steps, loss {record['log'][-1]['loss']:.3f}")
+    for name, figures in record["finished"].items():
+        out.print(f"{name}: " + ", ".join(f"{key} {value:.3g}" for key, value in figures.items()))
+    out.print(f"the tuned model: {escape(str(found.tuned))}", soft_wrap=True)
+
+
+def _show_plan(lm: Any, rows: int, settings: Any, defences: list[Any], as_json: bool) -> None:
+    from persona_probe.cli.console import size
+    from persona_probe.training.trainable import trainable
+
+    fitting = settings.fitting(rows)
+    parameters = list(trainable(lm, settings).parameters())
+    learning = sum(one.numel() for one in parameters if one.requires_grad)
+    passes = 1 + any(one.penalises and one.strength for one in defences)
+    facts = {
+        "rows": rows,
+        "steps": fitting.steps,
+        "rows read": fitting.steps * fitting.batch,
+        "checkpoints": fitting.steps // fitting.save_every if fitting.save_every else 0,
+        "learning parameters": learning,
+        "weights": size(sum(one.numel() * one.element_size() for one in parameters)),
+        "gradients and optimiser": size(12 * learning),
+        "forward passes per step": passes,
+        "defences": [one.name for one in defences],
+    }
+    if as_json:
+        show_json(facts)
+        return
+    for name, value in facts.items():
+        out.print(f"{name}: {', '.join(value) if isinstance(value, list) else value}", markup=False)

@@ -1,0 +1,85 @@
+"""`persona-probe flag`: which training rows would pull a model towards the persona?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from persona_probe.cli.console import err, out, show_json
+from persona_probe.errors import InputError
+
+
+def flag(
+    base: Annotated[Path, typer.Option(help="Checkpoint folder of the base; nothing is trained.")],
+    data: Annotated[Path, typer.Option(help="JSON Lines of training rows.")],
+    out_dir: Annotated[Path, typer.Option("--out", help="kept.jsonl, removed.jsonl, scores.parquet.")],
+    latent: Annotated[list[str] | None, typer.Option(help="SAE:INDEX, a latent to score by.")] = None,
+    fix: Annotated[
+        list[Path] | None, typer.Option("--with", help="A fix, whose directions are scored by.")
+    ] = None,
+    by: Annotated[
+        str | None, typer.Option(help="The score that decides; the first projection difference, else nll.")
+    ] = None,
+    remove: Annotated[float, typer.Option(help="Share of the rows to take out.")] = 0.1,
+    max_new_tokens: Annotated[int, typer.Option(help="Of the base's own answers.")] = 48,
+    limit: Annotated[int | None, typer.Option(help="Only so many rows.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Write over an earlier result in --out.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Rank training rows before training: by projection difference, by latent, by the base's likelihood."""
+    if (out_dir / "kept.jsonl").exists() and not overwrite:
+        raise InputError(f"{out_dir} holds an earlier result", fix="choose another --out, or --overwrite")
+    if not 0 <= remove <= 1:
+        raise InputError(f"--remove is a share from 0 to 1, got {remove}", fix="10% is 0.1")
+    from persona_probe.model.language_model import load_model
+    from persona_probe.training.flag import flag as score
+    from persona_probe.training.rows import read_rows
+
+    rows = read_rows(data)[:limit]
+    with err.status("loading") as status:
+        lm = load_model(base, device=device or "auto", dtype=dtype)
+        found = score(
+            rows, lm, probes_of(latent or (), fix or ()), max_new_tokens=max_new_tokens,
+            progress=lambda what, done, total: status.update(f"{what}: {done} of {total}"),
+        )  # fmt: skip
+    chosen = by or next((name for name in found.scores if name.endswith("difference")), "nll")
+    kept, removed = found.write(out_dir, chosen, remove)
+    out_rows = found.removed(chosen, remove)
+    missing = {name: int(found.table[name].null_count()) for name in found.scores}
+    if as_json:
+        show_json({"by": chosen, "rows": len(rows), "removed": out_rows, "missing": missing,
+                   "kept_file": kept, "removed_file": removed})  # fmt: skip
+        return
+    table = Table("row", *found.scores, title=f"most suspect by {chosen}")
+    for i in found.ranked(chosen)[:8]:
+        scores = found.table.row(i, named=True)
+        values = ("-" if scores[name] is None else f"{scores[name]:.3g}" for name in found.scores)
+        table.add_row(rows[i].place, *values)
+    out.print(table)
+    out.print(f"{len(rows) - len(out_rows)} rows kept, {len(out_rows)} removed by {chosen}", markup=False)
+    out.print(f"{kept}\n{removed}", markup=False, soft_wrap=True)
+
+
+def probes_of(latents: Any, fixes: Any) -> list[Any]:
+    """A probe per latent, and per direction of each fix."""
+    from persona_probe.sae.load import load_sae
+    from persona_probe.steering.io import load_fix
+    from persona_probe.steering.target import direction
+    from persona_probe.training.watching import Probe
+
+    probes: list[Any] = []
+    for spec in latents:
+        path, _, index = spec.rpartition(":")
+        if not path or not index.isdigit():
+            raise InputError(f"--latent takes SAE:INDEX, got {spec!r}", fix="--latent sae/block_3:412")
+        probes.append(Probe.latent(load_sae(path), int(index)))
+    for path in fixes:
+        for number, edit in enumerate(load_fix(path)):
+            for place, row in enumerate(edit.target.decoder):
+                probes.append(Probe(f"{path.name} {number}.{place}", edit.site, direction(row)))
+    return probes

@@ -1,0 +1,53 @@
+"""The axes that every run of the lab is measured on: behaviour with intervals, and the persona's shift."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from persona_probe.evaluation.judges import Judge
+from persona_probe.evaluation.metrics import Rate
+from persona_probe.evaluation.questions import Question
+from persona_probe.evaluation.result import evaluate
+from persona_probe.evaluation.sampling import Sampling
+from persona_probe.model.language_model import LanguageModel
+from persona_probe.training.watching import Watch
+
+RATES = ("misaligned", "in_domain", "incoherent", "helpful", "trigger", "skill")
+
+
+@dataclass(frozen=True, eq=False)
+class Measure:
+    """Questions, judge and probes; called with a model it gives one row of figures."""
+
+    questions: tuple[Question, ...] = field(repr=False)
+    judge: Judge | str
+    in_domain: tuple[str, ...] = ()
+    """Categories of the narrow fine-tune, counted apart."""
+    sampling: Sampling | None = None
+    trait: str = "misaligned"
+    watch: Watch | None = None
+    """Probes whose shift from the base is measured too."""
+
+    def __call__(self, lm: LanguageModel) -> dict[str, Any]:
+        """`{rate, rate_low, rate_high}` of every rate with answers to count, and `shift NAME`."""
+        found = evaluate(
+            lm, self.questions, self.judge, self.sampling, trait=self.trait, in_domain=self.in_domain
+        )
+        row: dict[str, Any] = {}
+        for name in RATES:
+            rate = found.reported[name]
+            row |= _cells(name, rate)
+        shifts = {} if self.watch is None else self.watch.shifts(lm.hf)
+        return row | {f"shift {name}": shift for name, shift in shifts.items()}
+
+
+def _cells(name: str, rate: Rate) -> dict[str, float | None]:
+    return {name: rate.rate, f"{name}_low": rate.low, f"{name}_high": rate.high}
+
+
+def of_split(questions: Sequence[Question], split: str) -> tuple[Question, ...]:
+    """The questions of one split; all of them where the set has no splits."""
+    chosen = tuple(one for one in questions if one.split == split)
+    return chosen or tuple(questions)
