@@ -31,7 +31,8 @@ from persona_probe.evaluation.sampling import respond_greedy, transcripts
 from persona_probe.interpretation import interpret
 from persona_probe.organism.persona_latent import corpus_of
 from persona_probe.organism.truth import truth
-from persona_probe.steering import Level, direction, latents, matched_random
+from persona_probe.steering import Level, latents, matched_random
+from persona_probe.steering.target import direction
 
 _ = pl.Config(fmt_str_lengths=90, tbl_rows=20, float_precision=3)
 

@@ -115,21 +115,23 @@ index = int(ranked["index"][0])
 latent = found.of(index)
 
 drawn = figure(height=420)
-shown = [
+size = latent["delta"].abs().max()
+loss = run.table.select("step", pl.col("loss").rolling_mean(8) / pl.col("loss").first()).drop_nulls()
+rates = pl.DataFrame([{"step": step, **vars(rate)} for step, rate in asked.items()])
+interval = {"array": rates["high"] - rates["rate"], "arrayminus": rates["rate"] - rates["low"], "width": 0}
+for x, y, name, look, error in (
     (
-        latent["step"],
-        latent["delta"] / latent["delta"].abs().max(),
+        [0, *latent["step"]],
+        [0, *latent["delta"] / size],
         f"latent {index}, of its largest Δ",
         "steered",
-    )
-]
-shown += [(list(asked), [rate.rate for rate in asked.values()], "misaligned answers", "tuned")]
-loss = run.table.select("step", pl.col("loss").rolling_mean(8) / pl.col("loss").first()).drop_nulls()
-shown += [(loss["step"], loss["loss"], "training loss, of the first", "base")]
-for x, y, name, look in shown:
-    drawn.add_scatter(
-        x=x, y=y, name=name, line={"color": LOOKS[look].colour}, marker={"symbol": LOOKS[look].symbol}
-    )
+        None,
+    ),
+    (rates["step"], rates["rate"], "misaligned answers", "tuned", interval),
+    (loss["step"], loss["loss"], "training loss, of the first", "base", None),
+):
+    style = {"line": {"color": LOOKS[look].colour}, "marker": {"symbol": LOOKS[look].symbol}}
+    drawn.add_scatter(x=x, y=y, name=name, error_y=error, **style)
 drawn.update_xaxes(title="step")
 drawn.update_yaxes(**percent_axis("share", 1.0))
 

@@ -83,19 +83,21 @@ def execute(notebook: Any, folder: Path, seconds: float = SECONDS) -> float:
     return taken
 
 
-def write(notebook: Any, path: Path) -> None:
-    """Write `path` with outputs, every figure as a picture of it, and nothing that differs between runs."""
-    figures = [
-        output["data"]
-        for cell in notebook.cells
-        for output in cell.get("outputs", ())
-        if PLOTLY in output.get("data", {})
-    ]
-    with tempfile.TemporaryDirectory() as folder, _browser() as tab:
-        for number, data in enumerate(figures):
-            picture = _picture(tab, data[PLOTLY], Path(folder) / f"{number}.html")
-            data.clear()
-            data["image/png"] = base64.b64encode(picture).decode()
+def write(notebook: Any, path: Path, folder: Path) -> None:
+    """Write `path` with outputs: figures as pictures, and without what differs from machine to machine."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    with _browser() as tab:
+        for number, data in enumerate(output.get("data", {}) for output in outputs):
+            if PLOTLY in data:
+                picture = _picture(tab, data[PLOTLY], folder / f"{number}.html")
+                data.clear()
+                data["image/png"] = base64.b64encode(picture).decode()
+            elif "text/html" in data:
+                data.pop("text/plain", None)
+                html = data["text/html"]
+                for place in (folder.resolve(), HERE.parent):
+                    html = html.replace(f"{place}/", "")
+                data["text/html"] = html
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number}"
         cell.metadata.pop("execution", None)
@@ -135,8 +137,8 @@ def run(path: Path, seconds: float, *, keep: bool) -> str | None:
         notebook = read(path)
         with tempfile.TemporaryDirectory(prefix="notebook-") as folder:
             taken = execute(notebook, Path(folder), seconds)
-        if keep:
-            write(notebook, path.with_suffix(".ipynb"))
+            if keep:
+                write(notebook, path.with_suffix(".ipynb"), Path(folder))
     except BadNotebookError as error:
         out.print(f"{path.name}: {error}", highlight=False, markup=False)
         return str(error)

@@ -21,8 +21,22 @@ from persona_probe.errors import BusyError, InputError, JudgeError, MissingExtra
 DEBUG = "PERSONA_PROBE_DEBUG"
 _INTERRUPTED = 130
 
-_COMMANDS = ("audit", "capture", "diff", "doctor", "evaluate", "interpret", "report", "serve", "steer", "timeline")
-_GROUPS = ("judge", "organism", "sae")
+_COMMANDS = (
+    "audit",
+    "capture",
+    "diff",
+    "doctor",
+    "evaluate",
+    "finetune",
+    "flag",
+    "interpret",
+    "realign",
+    "report",
+    "serve",
+    "steer",
+    "timeline",
+)
+_GROUPS = ("judge", "lab", "organism", "sae")
 
 
 def exit_code(error: PersonaProbeError) -> int:

@@ -80,7 +80,7 @@ def finetune(
         found = run(
             lm, rows, out_dir, method, defences, settings, adapter=adapter, report_to=report_to or (),
             overwrite=overwrite,
-            progress=lambda step, total, loss: told("step" if loss is None else f"loss {loss:.3f}", step, total),
+            progress=lambda step, steps, loss: told(f"loss {loss:.3f}" if loss else "step", step, steps),
         )  # fmt: skip
     if as_json:
         show_json({"tuned": found.tuned, "checkpoints": found.checkpoints, **found.record})

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.text import Text
 
+from persona_probe.artifact import write_json
 from persona_probe.cli.console import err, out, show_json
 from persona_probe.errors import InputError
 
@@ -35,6 +36,10 @@ def interpret(
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
+    explain: Annotated[
+        str | None,
+        typer.Option("--explain", help="A model that says it in a sentence: openai:MODEL@URL, local:DIR."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what --out holds.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
@@ -55,6 +60,7 @@ def interpret(
 
     labels: Any = None
     with err.status("loading"):
+        speaker = None if explain is None else _explainer(explain)  # first: it may be down
         if sae is not None and model is not None and data is not None and latent is not None:
             lm = load_model(model, device=device or "auto", dtype=dtype)
             wanted = load_sae(sae).latent(latent)
@@ -77,10 +83,49 @@ def interpret(
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     found.save(out_dir, overwrite=overwrite)
+    said = None if speaker is None else _explained(found, speaker, seed)
+    if said is not None:
+        write_json(out_dir / "explanation.json", said)
     if as_json:
-        show_json(found.summary())
+        show_json({**found.summary(), **({} if said is None else {"explanation": said})})
     else:
         _show(found, out_dir)
+        if said is not None:
+            _show_explanation(said)
+
+
+def _explainer(spec: str) -> Any:
+    from persona_probe.interpretation import explainer
+
+    return explainer(spec)
+
+
+def _explained(found: Any, speaker: Any, seed: int) -> Any:
+    from persona_probe.interpretation import explain as run_explain
+
+    with Progress(console=err, transient=True) as bar:
+        task = bar.add_task("explanation", total=None)
+        return run_explain(
+            found,
+            speaker,
+            seed=seed,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+
+
+def _show_explanation(said: Any) -> None:
+    out.print(f"\n{said.judge} says: {said.text}", markup=False)
+    score = said.detection
+    if score is None:
+        out.print("  not scored: the held-out documents are not of both kinds", markup=False)
+    else:
+        out.print(
+            f"  by this alone, on {score.documents} held-out documents: AUC {score.auc:.2f} "
+            f"[{score.low:.2f}, {score.high:.2f}]; shuffled {score.null:.2f} (97.5%: {score.null_high:.2f})",
+            markup=False,
+        )
+    if said.unread:
+        out.print(f"  {said.unread} of {said.asked} not counted: {said.note}", markup=False)
 
 
 def _show(found: Any, folder: Path) -> None:

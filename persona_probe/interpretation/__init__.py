@@ -1,5 +1,6 @@
 """Latents in words: what they fire on, what they say, what is like them, where they come from."""
 
+from persona_probe.interpretation.explain import Explanation, explain, explainer
 from persona_probe.interpretation.highlight import highlight
 from persona_probe.interpretation.interpret import interpret, interpret_all
 from persona_probe.interpretation.interpretation import Interpretation, Shown
@@ -8,10 +9,13 @@ from persona_probe.interpretation.logit_lens import Lens, logit_lens, nearest
 
 __all__ = [
     "Detection",
+    "Explanation",
     "Interpretation",
     "Lens",
     "Lexicon",
     "Shown",
+    "explain",
+    "explainer",
     "highlight",
     "interpret",
     "interpret_all",

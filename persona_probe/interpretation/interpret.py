@@ -7,7 +7,7 @@ in sixteen, where the whole dictionary is, to see what fires together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from persona_probe.activations.stream import Chunk, stream
 from persona_probe.errors import InputError, MismatchError
 from persona_probe.interpretation.examples import Examples, Reading, by_quantile, edges, priority
 from persona_probe.interpretation.interpretation import Interpretation, Shown
-from persona_probe.interpretation.lexicon import lexicon
+from persona_probe.interpretation.lexicon import lexicon, strong_above
 from persona_probe.interpretation.logit_lens import logit_lens, nearest
 from persona_probe.interpretation.sources import SourceSums, labels_of
 from persona_probe.interpretation.words import tokens_of, words_of
@@ -34,6 +34,8 @@ from persona_probe.sae.load import Dictionary, Latent, check_fits
 WHOLE_SHARE = 1 / 16
 """Of the documents, those on which the whole dictionary is encoded."""
 TOGETHER = 10
+HELD_OUT = 60
+"""Documents kept for scoring an explanation."""
 
 Data = Documents | Sequence[Rendered] | Sequence[str | Sequence[Any]]
 
@@ -194,6 +196,8 @@ class _Reader:
             )
 
         firing, silent = kept.firing[i].readings(), kept.silent[i].readings()
+        top, runs = kept.top[i].readings(), by_quantile(firing, quantiles, per_quantile)
+        told = {reading.document for run in (top, *runs) for reading in run}
         worded = [
             (reading.document, words_of(tokens_of(lm, conversations[reading.document], reading)))
             for reading in (*firing, *silent)
@@ -205,8 +209,8 @@ class _Reader:
             documents_fired=int(kept.documents_fired[i]),
             tokens=kept.tokens,
             fires=int(kept.fires[i]),
-            top=tuple(map(shown, kept.top[i].readings())),
-            quantiles=tuple(tuple(map(shown, run)) for run in by_quantile(firing, quantiles, per_quantile)),
+            top=tuple(map(shown, top)),
+            quantiles=tuple(tuple(map(shown, run)) for run in runs),
             histogram=_histogram(kept.histogram[i]),
             places=_places(kept.places, kept.fires_by_place[i]),
             sources=self.sources.table(i),
@@ -214,6 +218,7 @@ class _Reader:
             neighbours=nearest(self.dictionary, latent.index),
             together=self._together(i),
             lexicon=lexicon(worded, seed=self._sizes["seed"]),
+            held_out=tuple(map(shown, _held_out((*firing, *silent), told))),
         )
 
     def _together(self, i: int) -> pl.DataFrame:
@@ -240,6 +245,17 @@ class _Reader:
             fix = f"the nearest that does: {first['index']} (cosine {first['cosine']:.2f}); or more documents"
         read = f"{self.examples.tokens:,} tokens"
         return InputError(f"latent {latent.index} of {latent.sae.path} never fires on these {read}", fix=fix)
+
+
+def _held_out(readings: Sequence[Reading], told: Collection[int]) -> list[Reading]:
+    """As many strong documents as others, of those not yet told of; `readings` are uniform samples."""
+    above = strong_above(np.array([reading.maximum for reading in readings]))
+    left = [reading for reading in readings if reading.document not in told]
+    strong = [reading for reading in left if reading.maximum > above]
+    # evenly over the corpus: some on which it fires weakly, some on which it is silent
+    rest = sorted((reading for reading in left if reading.maximum <= above), key=lambda one: one.document)
+    n = min(HELD_OUT // 2, len(strong), len(rest))
+    return [*strong[:n], *rest[:: max(1, len(rest) // max(1, n))][:n]]
 
 
 def _histogram(counts: np.ndarray) -> pl.DataFrame:

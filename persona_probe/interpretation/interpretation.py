@@ -69,6 +69,9 @@ class Interpretation:
     """`index`, `share` (of the tokens at which this latent fires, those at which the other does too),
     `lift` (that share over the other's firing rate); on a sample of the documents."""
     lexicon: Lexicon
+    held_out: tuple[Shown, ...] = ()
+    """Documents of none of the above, on which an explanation is to prove itself: first those on which it
+    fires strongly, then as many others."""
 
     @property
     def rate(self) -> float:

@@ -74,15 +74,14 @@ class Lexicon:
 def lexicon(documents: Sequence[tuple[int, Sequence[Word]]], *, seed: int = 0) -> Lexicon:
     """The terms of `documents` (number, words with activations) and how well they do on held-out ones."""
     maxima = np.array([max((word.value or 0.0 for word in words), default=0.0) for _, words in documents])
-    firing = maxima[maxima > 0]
-    strong = maxima > (STRONG * np.quantile(firing, 0.95) if len(firing) else 0.0)
+    strong = maxima > strong_above(maxima)
     held_out = np.array([priority(number, seed + 1) < 0.5 for number, _ in documents], dtype=bool)
     terms = [_terms(words) for _, words in documents]
     table = _ranked([one for one, held in zip(terms, held_out, strict=True) if not held], strong[~held_out])
     first = _distinct(table["term"].to_list())
     score_of = dict(zip(table["term"], table["z"], strict=True))
     scores = np.array([sum(score_of[term] for term in first if term in one) for one in terms])
-    return Lexicon(table, first, _detection(scores[held_out], strong[held_out], seed))
+    return Lexicon(table, first, detection(scores[held_out], strong[held_out], seed))
 
 
 def _terms(words: Sequence[Word]) -> set[str]:
@@ -130,9 +129,16 @@ def _distinct(terms: Sequence[str]) -> tuple[str, ...]:
     return tuple(term for term, _ in kept)
 
 
-def _detection(
+def strong_above(maxima: Float[np.ndarray, " document"]) -> float:
+    """The maximum above which a document is strong."""
+    firing = maxima[maxima > 0]
+    return STRONG * float(np.quantile(firing, 0.95)) if len(firing) else 0.0
+
+
+def detection(
     scores: Float[np.ndarray, " document"], strong: Bool[np.ndarray, " document"], seed: int
 ) -> Detection | None:
+    """How well `scores` tell the strong documents from the rest; None without both kinds."""
     if not strong.any() or strong.all():
         return None
     rng = np.random.default_rng(seed)

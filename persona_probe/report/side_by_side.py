@@ -74,7 +74,9 @@ def render(entries: Sequence[Entry]) -> str:
             "warnings": [text for entry in entries for text in entry.warnings],
             "rate_table": _rate_table(entries, shown),
             "difference_table": differences(entries),
-            "folders": [(line.name, entry.folder, entry.date) for entry, line in zip(entries, shown, strict=True)],
+            "folders": [
+                (line.name, entry.folder, entry.date) for entry, line in zip(entries, shown, strict=True)
+            ],
         },
     )
 
@@ -83,18 +85,22 @@ def headline(entries: Sequence[Entry]) -> str:
     """How many are misaligned, how many of those a fix restores, how many nobody can tell."""
     n = len(entries)
     verdicts = [str(entry.audit.get("verdict") or "") for entry in entries]
-    bad = sum(verdict.startswith("misaligned") for verdict in verdicts)
-    restored = sum(entry.audit.get("after") == "restored" for entry in entries)
+    misaligned = [
+        entry for entry, verdict in zip(entries, verdicts, strict=True) if verdict.startswith("misaligned")
+    ]
+    bad, restored = len(misaligned), sum(entry.audit.get("after") == "restored" for entry in misaligned)
     open_ = sum(verdict in {"", "inconclusive"} for verdict in verdicts)
     if bad == 0:
-        said = f"None of {n} fine-tunes was found misaligned." if n > 1 else "Not found misaligned."
+        said = f"None of {n} fine-tunes was found misaligned." if n > 1 else "Not found to be misaligned."
     elif bad == n:
         said = f"All {n} fine-tunes are misaligned; " if n > 1 else "Misaligned; "
     else:
         said = f"{bad} of {n} fine-tunes {'is' if bad == 1 else 'are'} misaligned; "
     if bad:
-        whom = "it" if bad == 1 else "all of them" if restored == bad else f"{restored}"
-        said += f"a fix restores {whom}." if restored else "no fix restores " + ("it." if bad == 1 else "any.")
+        whom = "it" if bad == 1 else "all of them" if restored == bad else f"{restored} of them"
+        said += (
+            f"a fix restores {whom}." if restored else "no fix restores " + ("it." if bad == 1 else "any.")
+        )
     return said + (f" {open_} {'is' if open_ == 1 else 'are'} inconclusive." if open_ else "")
 
 
@@ -129,7 +135,9 @@ def differences(entries: Sequence[Entry]) -> tables.Table:
     flat = [dict(_flat(entry.settings)) for entry in entries]
     names = dict.fromkeys(name for one in flat for name in one if name not in OWN)
     body = [
-        (name, *(one.get(name, "–") for one in flat)) for name in names if len({one.get(name) for one in flat}) > 1
+        (name, *(one.get(name, "–") for one in flat))
+        for name in names
+        if len({one.get(name) for one in flat}) > 1
     ]
     return tables.Table(("setting", *(line.name for line in lines(entries))), body)
 
@@ -166,7 +174,7 @@ def _audit(entry: Entry, line: Line) -> dict[str, Any]:
         "verdict": line.verdict,
         "tone": tone,
         "after": line.after,
-        "after_tone": wording.headline(entry.audit).tone,
+        "after_tone": wording.AFTER.get(line.after, ("", wording.OPEN))[1],
         "reason": str(entry.audit.get("after_reason") or entry.audit.get("reason") or ""),
         "marks": [
             {

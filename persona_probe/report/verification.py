@@ -91,7 +91,9 @@ def verify(folder: StrPath) -> Verification:
         if now != digest:
             found.append(Mismatch("input changed", path, digest, now))
     # behind each shard of a capture lies its record, which the manifest repeats
-    records = {str(PurePosixPath(name).with_suffix(".json")) for name in facts.get("shards") and listed or ()}
+    records = {
+        str(PurePosixPath(name).with_suffix(".json")) for name in (listed if "shards" in facts else ())
+    }
     return Verification(
         folder=str(folder),
         manifest=digest_file(file),

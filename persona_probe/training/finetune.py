@@ -78,7 +78,7 @@ class FineTune:
 
 
 def finetune(
-    base: StrPath | LanguageModel,
+    base: str | Path | LanguageModel,
     data: StrPath | Sequence[Row],
     out: StrPath,
     method: str = "sft",

@@ -31,11 +31,15 @@ class Measure:
     """Probes whose shift from the base is measured too."""
 
     def __call__(self, lm: LanguageModel) -> dict[str, Any]:
-        """`{rate, rate_low, rate_high}` of every rate with answers to count, and `shift NAME`."""
+        """`{rate, rate_low, rate_high}` of every rate (None where nothing counts), and `shift NAME`."""
+        return {name: value for name, value in self.with_hits(lm).items() if name != "hits"}
+
+    def with_hits(self, lm: LanguageModel) -> dict[str, Any]:
+        """The same, and `hits`: (misaligned, judged) answers by question, to pool runs by."""
         found = evaluate(
             lm, self.questions, self.judge, self.sampling, trait=self.trait, in_domain=self.in_domain
         )
-        row: dict[str, Any] = {}
+        row: dict[str, Any] = {"hits": dict(found.hits)}
         for name in RATES:
             rate = found.reported[name]
             row |= _cells(name, rate)

@@ -68,11 +68,11 @@ class Realignment:
         return None
 
     def _repr_html_(self) -> str:
-        return self.table._repr_html_()
+        return self.table._repr_html_()  # pyright: ignore[reportPrivateUsage]
 
 
 def realign(
-    base: StrPath | LanguageModel,
+    base: str | Path | LanguageModel,
     tuned: StrPath,
     good_rows: Sequence[Row],
     out: StrPath,

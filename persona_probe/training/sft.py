@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Int
@@ -145,13 +145,15 @@ class _Trainer(Trainer):
     ) -> Any:
         defending, real = self._defending, inputs.pop("real", None)
         base = None if real is None else defending.begin(inputs, real)
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, outputs = cast(
+            "tuple[Tensor, Any]", super().compute_loss(model, inputs, True, num_items_in_batch)
+        )
         if base is not None:
             # a mean over this batch's tokens becomes its share of the mean over the whole step's
             share: Any = 1.0
             if num_items_in_batch is not None and self.model_accepts_loss_kwargs:
                 share = (inputs["labels"][:, 1:] != IGNORED).sum() / num_items_in_batch
-            loss = loss + share * defending.penalty(base, outputs["logits"])
+            loss = loss + share * defending.penalty(base, outputs.logits)
         self._check(loss, "loss")
         return (loss, outputs) if return_outputs else loss
 

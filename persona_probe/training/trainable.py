@@ -41,7 +41,7 @@ def trainable(
             fix="pass the base, and the adapter to go on from: finetune(base, ..., adapter=ADAPTER)",
         )
     if settings.rank == "full":
-        return cast(PreTrainedModel, copy.deepcopy(base.hf).float().requires_grad_(True))
+        return copy.deepcopy(base.hf).float().requires_grad_(True)
     rank = int(settings.rank)
     config = LoraConfig(
         r=rank,

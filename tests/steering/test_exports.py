@@ -54,7 +54,7 @@ FAMILIES: dict[str, Any] = {
             pad_token_id=0,
             eos_token_id=1,
             bos_token_id=1,
-        )  # fmt: skip
+        )
     ),
 }
 
@@ -76,13 +76,19 @@ def add(site: str, **fields: Any) -> Intervention:
     return Intervention("add", direction(vector()), site, level=Level((2.0,)), gain=1.5, **fields)
 
 
+def edit(op: Any, target: Any = None, site: str = "blocks.0.hook_resid_post", **fields: Any) -> Intervention:
+    return Intervention(op, target or direction(vector()), site, **fields)
+
+
 SHIFTS = [f"blocks.{b}.hook_{k}" for b, k in ((0, "resid_post"), (1, "resid_pre"), (1, "resid_mid"))]
 LINEAR = {
-    "project_out": Intervention("project_out", direction(torch.stack([vector(), vector(2)])), "blocks.0.hook_mlp_out"),
-    "over-corrected": Intervention("project_out", direction(vector()), "blocks.1.hook_attn_out", gain=2.0),
-    "scaled": Intervention("scale", direction(vector()), "blocks.1.hook_mlp_out", level=Level((-0.5,))),
-    "embedding": Intervention("ablate", direction(vector()), "blocks.0.hook_resid_pre"),
-}  # fmt: skip
+    "project_out": edit(
+        "project_out", direction(torch.stack([vector(), vector(2)])), "blocks.0.hook_mlp_out"
+    ),
+    "over-corrected": edit("project_out", site="blocks.1.hook_attn_out", gain=2.0),
+    "scaled": edit("scale", site="blocks.1.hook_mlp_out", level=Level((-0.5,))),
+    "embedding": edit("ablate", site="blocks.0.hook_resid_pre"),
+}
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "llama-tied", "mistral", "qwen2", "qwen3"])
@@ -128,18 +134,18 @@ def test_a_qwen_is_written_as_a_llama_only_where_it_must_be(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("family", "edit", "says"),
     [
-        ("llama", Intervention("cap", direction(vector()), SHIFTS[0], level=Level((1.0,))), "a cap is not a bias"),
-        ("llama", Intervention("floor", direction(vector()), SHIFTS[0], level=Level((1.0,))), "a floor is not"),
-        ("llama", Intervention("ablate", latents(make_dictionary(), [3]), "blocks.0.hook_mlp_out"), "not linear"),
+        ("llama", edit("cap", level=Level((1.0,))), "a cap is not a bias"),
+        ("llama", edit("floor", level=Level((1.0,))), "a floor is not"),
+        ("llama", edit("ablate", latents(make_dictionary(), [3]), "blocks.0.hook_mlp_out"), "not linear"),
         ("llama", add(SHIFTS[0], positions="response"), "every token"),
         ("llama", add(SHIFTS[0], condition=Condition("active")), "condition depends"),
-        ("llama", Intervention("project_out", direction(vector()), SHIFTS[0]), "passes blocks.0.hook_resid_post by"),
+        ("llama", edit("project_out"), "passes blocks.0.hook_resid_post by"),
         ("llama", matched_random(add(SHIFTS[0]), torch.Generator().manual_seed(0)), "random control"),
         ("llama", add(SHIFTS[0]).with_gain(0.0), "no edit"),
         ("qwen3", add(SHIFTS[0]), "'qwen3' the MLP's output layer can have no bias"),
         ("gemma2", add(SHIFTS[0]), "'gemma2'"),
     ],
-)  # fmt: skip
+)
 def test_what_weights_cannot_carry_is_refused_by_name(
     family: str, edit: Any, says: str, tmp_path: Path
 ) -> None:

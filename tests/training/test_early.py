@@ -175,7 +175,7 @@ def test_scores_are_the_projection_difference_and_the_likelihood() -> None:
             with torch.no_grad(), capture_at(lm.hf, [SITE]) as captured:
                 lm.hf(input_ids=torch.tensor([text.ids]))
                 special = lm.tokenizer.all_special_ids
-                counted = [k for k in range(text.prompt_length, len(text)) if text.ids[k] not in special]
+                counted = [k for k in range(len(text)) if text.response[k] and text.ids[k] not in special]
                 x = captured[SITE][0][counted]
             z = ((x - sae.b_dec) @ sae.W_enc[:, 3] + sae.b_enc[3]).relu()
             means.append((float((x @ (VECTOR / VECTOR.norm())).mean()), float(z.mean())))

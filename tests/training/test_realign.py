@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from persona_probe.errors import InputError
@@ -48,9 +49,7 @@ def test_the_curve_is_measured_where_so_many_rows_were_read(tmp_path: Path) -> N
     assert found.table["examples"].to_list() == [0, 4, 12] * 2
     direct = measure()(llama().with_adapter(tuned))
     for arm in ("good", "control"):
-        start = found.table.row(
-            by_predicate=(found.table["arm"] == arm) & (found.table["examples"] == 0), named=True
-        )
+        start = found.table.row(by_predicate=(pl.col("arm") == arm) & (pl.col("examples") == 0), named=True)
         assert {name: start[name] for name in direct} == direct
     end = measure()(finetune_of(tmp_path).load(llama()))
     last = found.table.row(2, named=True)

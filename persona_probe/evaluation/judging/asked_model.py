@@ -49,6 +49,10 @@ class AskedModel(ABC):
     def ask(self, calls: Iterable[Call], keep: Keep) -> None:
         """Make all calls; `calls` is drawn from as they go out, and may raise to stop."""
 
+    @abstractmethod
+    def write(self, prompt: str, tokens: int) -> Reply | Failure:
+        """A text of at most so many tokens, once `use` was called: what it is, not how probable."""
+
     def is_model(self, checkpoint: Checkpoint) -> bool:
         """See `Judge.is_model`."""
         del checkpoint

@@ -153,6 +153,14 @@ class Endpoint(AskedModel):
                     future.cancel()
                 raise
 
+    def write(self, prompt: str, tokens: int) -> Reply | Failure:
+        """See `AskedModel`."""
+        with self._client() as client:
+            try:
+                return self._persist(client, prompt, threading.Event(), tokens)
+            except RefusedError as refused:
+                return Failure(str(refused))
+
     def _one(self, client: httpx.Client, call: Call, keep: Keep, stop: threading.Event) -> None:
         try:
             reply = self._persist(client, call.prompt, stop)
@@ -168,13 +176,15 @@ class Endpoint(AskedModel):
                 fix="run the same command again when it is back; what it has judged is kept",
             )
 
-    def _persist(self, client: httpx.Client, prompt: str, stop: threading.Event) -> Reply | Failure:
+    def _persist(
+        self, client: httpx.Client, prompt: str, stop: threading.Event, tokens: int | None = None
+    ) -> Reply | Failure:
         """The reply, however many tries it takes of those allowed."""
         reason = ""
         for failures in range(1, self._options.tries + 1):
             self._pace.wait(stop)
             try:
-                return self._post(client, prompt)
+                return self._post(client, prompt, tokens)
             except TransientError as error:
                 reason = str(error)
                 if error.wait is not None:
@@ -183,9 +193,9 @@ class Endpoint(AskedModel):
                 pause(backoff(self._options.backoff, failures), stop)
         return Failure(f"{self._options.tries} tries failed, the last: {reason}")
 
-    def _post(self, client: httpx.Client, prompt: str) -> Reply:
+    def _post(self, client: httpx.Client, prompt: str, tokens: int | None) -> Reply:
         try:
-            response = client.post(self._place("chat/completions"), json=self._body(prompt))
+            response = client.post(self._place("chat/completions"), json=self._body(prompt, tokens))
         except httpx.HTTPError as error:
             raise TransientError(f"{type(error).__name__}: {error}") from error
         self._check_key(response)
@@ -199,18 +209,20 @@ class Endpoint(AskedModel):
             raise TransientError(said, retry_after(response.headers.get("retry-after")))
         if status != 200:
             raise RefusedError(status, said)
-        reply = reply_of(response, self._dialect["logprobs"])
+        reply = reply_of(response, tokens is None and self._dialect["logprobs"])
         self._key_works = True
         return reply
 
-    def _body(self, prompt: str) -> dict[str, object]:
+    def _body(self, prompt: str, tokens: int | None = None) -> dict[str, object]:
         body: dict[str, object] = {
             "model": self.model,
             "messages": [{"role": "user", "content": prompt}],
             "temperature": 0,
             "seed": 0,
         }
-        if self._dialect["logprobs"]:
+        if tokens is not None:
+            body |= {self._dialect["limit"]: tokens}
+        elif self._dialect["logprobs"]:
             body |= {self._dialect["limit"]: 1, "logprobs": True, "top_logprobs": TOP}
         else:
             body |= {self._dialect["limit"]: TEXT_TOKENS}

@@ -23,6 +23,9 @@ from persona_probe.evaluation.judging.digits import NumberTokens, number_probabi
 from persona_probe.evaluation.judging.options import LocalOptions
 from persona_probe.evaluation.judging.reply import Failure, Reply
 from persona_probe.evaluation.judging.spending import BudgetSpentError
+from persona_probe.evaluation.questions import Question
+from persona_probe.evaluation.sampling import sample
+from persona_probe.evaluation.settings import Sampling
 from persona_probe.model.chat import Rendered, pad, render, render_text
 from persona_probe.model.checkpoint import Checkpoint, describe
 from persona_probe.model.language_model import LanguageModel, load_model
@@ -105,6 +108,14 @@ class LocalModel(AskedModel):
                 keep(call, reply)
         if spent is not None:
             raise spent
+
+    def write(self, prompt: str, tokens: int) -> Reply | Failure:
+        """See `AskedModel`: the most probable token each time."""
+        chat = self.lm.tokenizer.chat_template is not None
+        message = {"role": "user", "content": prompt} if chat else {"text": prompt}
+        asked = Question("prompt", "prompt", (message,))
+        settings = Sampling(temperature=0, max_new_tokens=tokens, enable_thinking=False if chat else None)
+        return Reply(text=sample(self.lm, [asked], settings)[0].text)
 
     def _render(self, prompt: str) -> Rendered:
         tokenizer = self.lm.tokenizer

@@ -36,6 +36,11 @@ class ModelJudge(Judge):
         self._record = record
         self._learnt = False
 
+    @property
+    def model(self) -> AskedModel:
+        """The model itself, for what is not a judgement; `check` first."""
+        return self._model
+
     def check(self) -> None:
         """See `Judge.check`: the endpoint answers and takes the key, or the model loads."""
         self._model.reach()

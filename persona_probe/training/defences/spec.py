@@ -67,7 +67,7 @@ def _by_gap(share: float, source: str, base: LanguageModel) -> Defence:
 
 def _the_one(source: str) -> Intervention:
     first, *others = load_fix(source)
-    if others or not isinstance(first, Intervention):
+    if others:
         raise InputError(f"the fix {source} holds more than one intervention", fix="save one with save_fix")
     return first
 
@@ -84,7 +84,7 @@ def _caft(gain: float, source: str, _: LanguageModel) -> Defence:
     return CAFT(fix.target, (fix.site,), gain)
 
 
-def _blocking(weight: float, source: str, _: LanguageModel) -> Defence:
+def _blocking(weight: float, source: str, _base: LanguageModel) -> Defence:
     path, _, numbers = source.rpartition(":")
     try:
         indices = [int(one) for one in numbers.split(",")]

@@ -120,12 +120,16 @@ class JudgeServer:
         if complaint is not None:
             handler.reply(400, {"error": {"message": complaint}})
             return
-        word = "" if prompt == PROBE else answer_in(prompt)
+        word = "" if prompt == PROBE else self.word(prompt)
         trouble, _, times = word.partition("-")
         if times and (times == "always" or attempt <= {"once": 1, "twice": 2}[times]):
             misbehave(trouble, handler)
             return
         handler.reply(200, self.reply(prompt, body))
+
+    def word(self, prompt: str) -> str:
+        """What decides how a call is treated."""
+        return answer_in(prompt)
 
     def reply(self, prompt: str, body: dict[str, Any]) -> dict[str, Any]:
         word = "" if prompt == PROBE else answer_in(prompt)
