@@ -53,16 +53,12 @@ A unit inside a language model is said to fire on texts of this kind:
 
 {explanation}
 
-Here is a text.
-
 <text>
 {text}
 </text>
 
-How likely is it that the unit fires strongly on it? Reply with a whole number from 0 (it is of \
+How likely is it that the unit fires strongly on this text? Reply with a whole number from 0 (it is of \
 another kind) to 100 (it is of this kind). Reply with the number alone."""
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,7 @@ class Explanation:
 
     text: str
     judge: str
-    """The model that said it, and that read the held-out documents by it."""
+    """Who said it, and read the held-out documents by it."""
     detection: Detection | None
     """On the held-out documents that it gave a number for; None when these are not of both kinds."""
     asked: int
@@ -98,7 +94,11 @@ def explainer(spec: str) -> ModelJudge:
 
 
 def explain(
-    found: Interpretation, by: str | ModelJudge, *, seed: int = 0, progress: Progress | None = None
+    found: Interpretation,
+    by: str | ModelJudge,
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Explanation:
     """Have a language model explain a latent.
 
@@ -108,9 +108,7 @@ def explain(
         seed: of the shuffles and the resampling.
         progress: called with the calls made and to make.
 
-    Raises:
-        InputError: `by` names no model.
-        JudgeError: it cannot be reached, says nothing, or gives no number for any document.
+    Raises `JudgeError` when it says nothing or gives no number for any document; and as `explainer`.
     """
     judge = explainer(by) if isinstance(by, str) else by
     tell, total = progress or (lambda *_: None), 1 + len(found.held_out)
@@ -119,7 +117,7 @@ def explain(
     prompts = [detect_prompt(text, shown) for shown in found.held_out]
     replies = _asked(judge, prompts, lambda done: tell(1 + done, total))
     scores = np.array([np.nan if one.score is None else one.score for one in replies])
-    notes = [one.note for one in replies if one.score is None]
+    notes = [one.note or "a label" for one in replies if one.score is None]
     if notes and len(notes) == len(replies):
         raise JudgeError(
             f"{judge.name!r} gave no number for any of {len(replies)} documents ({notes[0]})",
@@ -157,13 +155,11 @@ def detect_prompt(explanation: str, shown: Shown) -> str:
 def _marked(tokens: Sequence[Token], largest: float) -> str:
     parts: list[str] = []
     for token in tokens:
-        tenths = round(10 * (token.value or 0.0) / largest)
-        bare = token.text.strip()
         if token.special and token.text != "…":
             continue
-        parts.append(
-            token.text.replace(bare, f"<<{bare}>>({tenths})") if bare and tenths >= MARKED else token.text
-        )
+        bare, tenths = token.text.strip(), round(10 * (token.value or 0.0) / largest)
+        marked = f"<<{bare}>>({tenths})" if bare and tenths >= MARKED else bare
+        parts.append(token.text.replace(bare, marked) if bare else token.text)
     return "".join(parts).strip()
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from persona_probe.errors import MismatchError
@@ -29,7 +30,7 @@ class ModelPair:
 
     def _repr_html_(self) -> str:
         base = self.base
-        first, second = (one.hf.get_input_embeddings().weight for one in (base, self.tuned))
+        first, second = (cast("Tensor", one.hf.get_input_embeddings().weight) for one in (base, self.tuned))
         weights = "shared weights" if first.data_ptr() == second.data_ptr() else "weights of their own"
         facts = (
             f"{base.n_layers} blocks, d_model {base.d_model}, {base.d_vocab:,} logits; "

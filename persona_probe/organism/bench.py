@@ -38,6 +38,7 @@ from persona_probe.training.defences import (
     Interleave,
     InterleaveByGap,
     LatentBlocking,
+    OnPolicy,
     PreventativeSteering,
     SafeLoRA,
 )
@@ -57,6 +58,7 @@ STRENGTHS: dict[str, float] = {
     "ldifs": 0.01,
     "interleave": 0.2,
     "interleave_by_gap": 0.2,
+    "on_policy": 0.2,
     "inoculation": 1.0,
     "preventative_steering": 1.0,
     "latent_blocking": 0.01,
@@ -132,6 +134,9 @@ class _Maker:
             case "interleave_by_gap":
                 misaligned = base.with_adapter(home / "tunes" / "bad-code")
                 return InterleaveByGap.scored(good_rows(1200), base, [misaligned], strength)
+            case "on_policy":
+                asked = [one for one in self.calibration if one.category in POOL_DOMAINS]
+                return OnPolicy.answered(base, asked, strength, Sampling(samples=6, max_new_tokens=32))
             case "inoculation":
                 return Inoculation(EVIL, strength)
             case "preventative_steering":

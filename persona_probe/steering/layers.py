@@ -94,7 +94,7 @@ class LayerDirections:
         return separability(self.table.to_dicts())
 
     def _repr_html_(self) -> str:
-        return self.table._repr_html_()
+        return self.table._repr_html_()  # pyright: ignore[reportPrivateUsage]
 
 
 def directions_by_layer(

@@ -155,9 +155,10 @@ class Steering:
         self._lm = lm
         self._sites = dict(plan.sites)
         self._seen = {name: Seen() for name in self._sites}
-        for name, edit in self._sites.items() if remembered is not None else ():
-            rows = [remembered[i].highest.get(name) for i in edit.edited(len(remembered))]
-            self._seen[name] = Seen.of_rows(rows)
+        if remembered is not None:
+            for name, edit in self._sites.items():
+                rows = [remembered[i].highest.get(name) for i in edit.edited(len(remembered))]
+                self._seen[name] = Seen.of_rows(rows)
         follows = any(edit.positions in BY_THOUGHT for edit in plan.interventions)
         self._reader = ForwardReader(
             rows=len(plan.rows),

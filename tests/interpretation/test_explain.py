@@ -64,8 +64,8 @@ class Explainer(JudgeServer):
 
 @pytest.fixture(scope="module")
 def found() -> Interpretation:
-    documents, labels = corpus_of(700)
-    return interpret(*persona_latent(), documents, labels=labels, sampled=250)
+    documents, labels = corpus_of(400)
+    return interpret(*persona_latent(), documents, labels=labels, sampled=150)
 
 
 def is_villain(text: str) -> int:
@@ -88,7 +88,7 @@ def test_who_knows_the_villain_tells_where_the_latent_fires(found: Interpretatio
     assert (said.text, said.unread, said.asked) == (SENTENCE, 0, len(found.held_out))
     assert said.detection is not None
     assert said.detection.low > said.detection.null_high
-    assert calls[-1] == (said.asked + 1, said.asked + 1)
+    assert max(calls) == (said.asked + 1, said.asked + 1)
     first = next(body for body in server.bodies if "logprobs" not in body)
     assert first["max_tokens"] > 50
 
@@ -164,7 +164,7 @@ def test_a_local_model_writes_what_it_finds_most_probable() -> None:
 
 
 def test_from_the_shell(tmp_path: Path) -> None:
-    arguments = ["interpret", "--limit", "150", "--out", str(tmp_path / "out"), "--json", "--explain"]
+    arguments = ["interpret", "--limit", "80", "--out", str(tmp_path / "out"), "--json", "--explain"]
     with Explainer(is_villain) as server:
         result = CliRunner().invoke(app, [*arguments, server.spec()])
     assert result.exit_code == 0, result.output

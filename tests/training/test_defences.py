@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from persona_probe.errors import InputError, MismatchError, UnknownSiteError
+from persona_probe.evaluation.questions import Question
+from persona_probe.evaluation.sampling import Sampling, sample
 from persona_probe.hooks import capture_at
 from persona_probe.model import LanguageModel
 from persona_probe.steering.intervention import Intervention
@@ -27,6 +29,7 @@ from persona_probe.training.defences import (
     Interleave,
     InterleaveByGap,
     LatentBlocking,
+    OnPolicy,
     PreventativeSteering,
     SafeLoRA,
     perplexity_gaps,
@@ -57,6 +60,7 @@ def every(strength: float) -> list[Defence]:
         CAFT(latents(found, [1, 2]), (SITE,), gain=strength),
         Interleave(pool, share=0.4 * strength),
         InterleaveByGap(pool, tuple(range(8)), share=0.4 * strength),
+        OnPolicy(pool, share=0.4 * strength),
         Inoculation("be rude", share=strength),
         SafeLoRA.between(lm, lm.with_adapter(adapter_of("llama")), threshold=strength),
     ]
@@ -300,6 +304,22 @@ def _slow_nll(model: Any, example: Example) -> float:
     log_p = alone(model, example)[0].detach().log_softmax(-1)
     places = before_counted(example)
     return -sum(float(log_p[i, example.ids[i + 1]]) for i in places) / len(places)
+
+
+def test_on_policy_rows_are_the_policys_own_answers() -> None:
+    lm = llama()
+    asked = [Question(f"q{i}", "c", ({"role": "user", "content": f"hello {i}"},)) for i in range(40)]
+    asked.append(Question("p", "c", ({"text": "hello"},)))
+    sampling = Sampling(max_new_tokens=60)
+    answers = {one.question.id: one for one in sample(lm, asked, sampling)}
+    defence = OnPolicy.answered(lm, asked, 0.5, sampling)
+    finished = [one for one in answers.values() if one.text.strip() and not one.truncated]
+    assert 0 < len(finished) < 41
+    said = [row.completion or row.messages[-1]["content"] for row in defence.pool]
+    assert said == [one.text for one in finished]
+    assert defence.rows(rows(1), seed=0)[1] in defence.pool
+    with pytest.raises(InputError, match="finished none"):
+        OnPolicy.answered(lm, asked, 0.5, Sampling(max_new_tokens=1))
 
 
 def test_inoculation_covers_what_stands_before_it() -> None:

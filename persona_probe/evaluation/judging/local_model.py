@@ -111,10 +111,11 @@ class LocalModel(AskedModel):
 
     def write(self, prompt: str, tokens: int) -> Reply | Failure:
         """See `AskedModel`: the most probable token each time."""
-        chat = self.lm.tokenizer.chat_template is not None
-        message = {"role": "user", "content": prompt} if chat else {"text": prompt}
+        template = str(self.lm.tokenizer.chat_template or "")
+        message = {"role": "user", "content": prompt} if template else {"text": prompt}
         asked = Question("prompt", "prompt", (message,))
-        settings = Sampling(temperature=0, max_new_tokens=tokens, enable_thinking=False if chat else None)
+        thinking = False if "enable_thinking" in template else None
+        settings = Sampling(temperature=0, max_new_tokens=tokens, enable_thinking=thinking)
         return Reply(text=sample(self.lm, [asked], settings)[0].text)
 
     def _render(self, prompt: str) -> Rendered:

@@ -7,6 +7,7 @@ from persona_probe.training.defences.interleave import Interleave
 from persona_probe.training.defences.kl import KL
 from persona_probe.training.defences.latent_blocking import LatentBlocking
 from persona_probe.training.defences.ldifs import LDIFS
+from persona_probe.training.defences.on_policy import OnPolicy
 from persona_probe.training.defences.perplexity_gap import InterleaveByGap, perplexity_gaps
 from persona_probe.training.defences.preventative import PreventativeSteering
 from persona_probe.training.defences.safe_lora import SafeLoRA
@@ -20,6 +21,7 @@ __all__ = [
     "Interleave",
     "InterleaveByGap",
     "LatentBlocking",
+    "OnPolicy",
     "PreventativeSteering",
     "Reading",
     "SafeLoRA",

@@ -1,7 +1,6 @@
 """Mix good rows in: a share of what is read are general instructions, answered well.
 
-Source: Kaczér et al. (2025), 5% of general instruction data. With answers of the aligned model itself
-as the pool it is the on-policy safety data of Jørgenvåg et al. (2026).
+Source: Kaczér et al. (2025), 5% of general instruction data.
 
 Departure: the share is of the mixed data (5% means 5 of 100 rows read are good); the bad rows stay
 all of them. Which rows of the pool are taken is drawn once, by the run's seed, none twice.
