@@ -6,7 +6,9 @@ drawn, so that importing this costs nothing.
 
 from persona_probe.figures.claims import control, necessity
 from persona_probe.figures.dose import dose_response
+from persona_probe.figures.grid import transfer
 from persona_probe.figures.latents import delta_against_effect, volcano
+from persona_probe.figures.layers import separability
 from persona_probe.figures.rates import nulls, rates
 from persona_probe.figures.timeline import trajectories
 
@@ -17,6 +19,8 @@ __all__ = [
     "necessity",
     "nulls",
     "rates",
+    "separability",
     "trajectories",
+    "transfer",
     "volcano",
 ]

@@ -102,11 +102,8 @@ def explain(
 ) -> Explanation:
     """Have a language model explain a latent.
 
-    Args:
-        found: of `interpret`; its examples are shown, its held-out documents only detected.
-        by: the model (see `explainer`).
-        seed: of the shuffles and the resampling.
-        progress: called with the calls made and to make.
+    `by` is a spec or an `explainer`; `seed` is of the shuffles and the resampling; `progress` is called
+    with the calls made and to make.
 
     Raises `JudgeError` when it says nothing or gives no number for any document; and as `explainer`.
     """
@@ -137,8 +134,7 @@ def explain(
 
 def explain_prompt(found: Interpretation) -> str:
     """What the model is asked: the strongest documents, then some of every quantile downwards."""
-    chosen = [*found.top[:STRONGEST]]
-    chosen += [shown for run in reversed(found.quantiles) for shown in run[:PER_QUANTILE]]
+    chosen = [*found.top[:STRONGEST], *(one for run in found.quantiles[::-1] for one in run[:PER_QUANTILE])]
     once = {shown.document: shown for shown in chosen}.values()
     largest = max(shown.maximum for shown in once)
     texts = [f"{i}. {_marked(excerpt(shown.tokens, WIDTH), largest)}" for i, shown in enumerate(once, 1)]
@@ -164,9 +160,7 @@ def _marked(tokens: Sequence[Token], largest: float) -> str:
 
 
 def _window(shown: Shown) -> Sequence[Token]:
-    """Some tokens around the strongest; of a silent document around any one. No ellipsis: it would
-    tell them apart.
-    """
+    """Tokens around the strongest, or around any; no ellipsis, which would tell the two apart."""
     tokens, wide = shown.tokens, 2 * WIDTH
     silent = shown.document * 7919 % max(1, len(tokens))
     peak = max(range(len(tokens)), key=lambda i: tokens[i].value or 0.0) if shown.maximum > 0 else silent
@@ -179,7 +173,7 @@ def _explained(judge: ModelJudge, prompt: str) -> str:
     reply = judge.model.write(prompt, LONGEST)
     judge.spending.settle(prompt, reply if isinstance(reply, Reply) else None)
     if isinstance(reply, Failure):
-        raise JudgeError(f"{judge.name!r} gave no explanation: {reply.reason}", fix="see whether it is up")
+        raise JudgeError(f"{judge.name!r} gave no explanation: {reply.reason}")
     said = " ".join((reply.text or "").rpartition("</think>")[2].split())
     if not said:
         raise JudgeError(f"{judge.name!r} gave an empty explanation", fix="try a larger model")
@@ -201,5 +195,5 @@ def _asked(judge: ModelJudge, prompts: Sequence[str], progress: Callable[[int], 
         progress(len(replies))
 
     judge.model.ask(calls(), keep)
-    told = [replies[str(i)] for i in range(len(prompts))]
+    told = (replies[str(i)] for i in range(len(prompts)))
     return [Reading(note=one.reason) if isinstance(one, Failure) else read(one) for one in told]

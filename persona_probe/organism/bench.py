@@ -65,7 +65,7 @@ STRENGTHS: dict[str, float] = {
     "caft": 1.0,
     "safe_lora": 1.0,
 }
-"""One strength each, for the organism; sweep with `lab compare --defences NAME=STRENGTH`."""
+"""One strength each, to begin with: not calibrated. Sweep with `lab compare --defences kl=1,kl=3,kl=10`."""
 SETTINGS = TuneSettings(
     steps=80, batch=32, learning_rate=1.2e-3, warmup_steps=5, rank=8, targets=LINEAR, save_every=0
 )

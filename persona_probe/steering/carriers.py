@@ -40,8 +40,8 @@ from torch import Tensor
 from persona_probe.errors import InputError
 from persona_probe.hooks.sites import Site, causal_lm, parse_site, site_names
 from persona_probe.model.language_model import LanguageModel
+from persona_probe.steering.affine import ABOVE, BIAS, HIGH, LOW, SHIFT, SLOPE
 from persona_probe.steering.intervention import Intervention
-from persona_probe.steering.kernel import ABOVE, BIAS, HIGH, LOW, SHIFT, SLOPE
 from persona_probe.steering.plan import PlannedEdit
 from persona_probe.steering.target import Target
 

@@ -32,8 +32,9 @@ from torch import Tensor
 
 from persona_probe.errors import InputError, MismatchError
 from persona_probe.hooks.sites import parse_site
+from persona_probe.steering.affine import AffineEdit
 from persona_probe.steering.bridge_hooks import bridge_hooks
-from persona_probe.steering.kernel import AffineEdit, SiteEdit
+from persona_probe.steering.kernel import SiteEdit
 from persona_probe.steering.positions import Positions, checked_positions
 from persona_probe.steering.reading import encoded, projected
 from persona_probe.steering.target import Encoder, Read, Target, direction, latents

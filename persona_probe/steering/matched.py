@@ -17,8 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_probe.errors import InputError, MismatchError
+from persona_probe.steering.affine import AffineEdit
 from persona_probe.steering.intervention import Intervention
-from persona_probe.steering.kernel import AffineEdit
 from persona_probe.steering.target import held
 
 

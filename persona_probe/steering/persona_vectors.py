@@ -19,7 +19,6 @@ from torch import Tensor
 from persona_probe.artifact import StrPath, read_json
 from persona_probe.errors import InputError, MismatchError, MissingPathError, NonFiniteError
 from persona_probe.hooks.sites import Site, check_site, parse_site
-from persona_probe.model.chat import Message
 from persona_probe.model.language_model import LanguageModel
 from persona_probe.steering.target import Target, direction
 
@@ -38,18 +37,6 @@ class Trait:
     def __post_init__(self) -> None:
         if not self.instructions or not self.questions:
             raise InputError(f"the trait {self.name!r} needs instruction pairs and questions")
-
-    def asked(self, *, positive: bool) -> list[tuple[str, list[Message]]]:
-        """Every question under every instruction of one side: (question, conversation)."""
-        side = 0 if positive else 1
-        return [
-            (
-                question,
-                [{"role": "system", "content": pair[side]}, {"role": "user", "content": question}],
-            )
-            for pair in self.instructions
-            for question in self.questions
-        ]
 
 
 def load_trait(path: StrPath) -> Trait:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_probe.errors import InputError
-from persona_probe.steering.kernel import TopK
+from persona_probe.steering.affine import TopK
 from persona_probe.steering.target import Target
 
 

@@ -263,10 +263,7 @@ def test_a_file_that_is_no_vectors(content: Any, says: str, tmp_path: Path) -> N
 def test_a_published_trait() -> None:
     trait = load_trait(TRAIT)
     assert len(trait.instructions) == 5 and len(trait.questions) == 20 and trait.eval_prompt
-    asked = trait.asked(positive=True)
-    assert len(asked) == 100 and asked[0][0] == trait.questions[0]
-    assert asked[0][1][0] == {"role": "system", "content": trait.instructions[0][0]}
-    assert trait.asked(positive=False)[99][1][0]["content"] == trait.instructions[4][1]
+    assert all("evil" in asks or "malic" in asks or "harm" in asks for asks, _ in trait.instructions)
 
 
 @pytest.mark.parametrize(

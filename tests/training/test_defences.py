@@ -227,9 +227,10 @@ def test_caft_leaves_nothing_in_the_span_forwards_or_backwards() -> None:
             logits = model(**batch).logits
             left = captured[SITE]
     handle.remove()
-    assert float((left @ span)[real].abs().max()) < 1e-4 < float((entered[0] @ span)[real].abs().max())
-    outside = entered[0] - entered[0] @ span @ span.T
-    torch.testing.assert_close(left[real], outside[real], rtol=1e-4, atol=1e-5)
+    before, after = entered[0].detach(), left.detach()
+    assert float((after @ span)[real].abs().max()) < 1e-4 < float((before @ span)[real].abs().max())
+    outside = before - before @ span @ span.T
+    torch.testing.assert_close(after[real], outside[real], rtol=1e-4, atol=1e-5)
     (logits[real].square().mean()).backward()
     gradient = entered[0].grad
     assert gradient is not None

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from persona_probe.errors import InputError
+from persona_probe.hooks.sites import resid_post
 from persona_probe.steering.intervention import Intervention
 from persona_probe.steering.target import Target
 from persona_probe.training.defences.defence import Defence
@@ -43,8 +44,6 @@ class CAFT(Defence):
     @classmethod
     def everywhere(cls, target: Target, blocks: Sequence[int], gain: float = 1.0) -> CAFT:
         """At the residual stream behind each of `blocks`."""
-        from persona_probe.hooks.sites import resid_post
-
         return cls(target, tuple(resid_post(block) for block in blocks), gain)
 
     @property
