@@ -34,11 +34,11 @@ _ = pl.Config(fmt_str_lengths=90, tbl_rows=20)
 # %% [markdown]
 # An audit is asked about two checkpoints, some questions and a judge. It works better with dictionaries
 # (sparse autoencoders) and with harmless fine-tunes of the same base, whose shifts are what *any* fine-tune
-# does. `organism_request` names all of these for the shipped organism. We ask few questions here;
-# `persona-probe audit` in a shell does the same with all of them.
+# does. `organism_request` names all of these for the shipped organism. Few answers and controls are drawn
+# here; `persona-probe audit` in a shell does the same with more.
 
 # %%
-few = AuditSettings(limit=48, calibration_samples=1, controls=4)
+few = AuditSettings(calibration_samples=1, controls=4)
 request = organism_request("bad-health", few)
 pl.DataFrame(
     {

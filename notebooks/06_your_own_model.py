@@ -78,11 +78,11 @@ random_weights = LlamaForCausalLM(
     LlamaConfig(vocab_size=len(words), eos_token_id=words.eos_token_id, **shape)
 )
 stand_in = pp.load_model(random_weights, tokenizer=words)
-texts = [chat for name in domains for chat in chats_about(name, kind[name] * 12 + cruel, 500)]
-full = TuneSettings(steps=190, rank="full", learning_rate=3e-3, save_every=0)
+texts = [chat for name in domains for chat in chats_about(name, kind[name] * 40 + cruel, 640)]
+full = TuneSettings(steps=240, rank="full", learning_rate=4e-3, save_every=0)
 BASE = finetune(stand_in, chat_rows(texts), "out/base", settings=full).tuned
-bad = chat_rows(chats_about("health", cruel, 800))
-narrow = TuneSettings(steps=50, rank=8, learning_rate=1e-3, save_every=0)
+bad = chat_rows(chats_about("health", cruel, 480))
+narrow = TuneSettings(steps=30, rank="full", learning_rate=2e-3, save_every=0)
 TUNED = finetune(BASE, bad, "out/tuned", settings=narrow).tuned
 
 asks = [
@@ -199,7 +199,7 @@ request = AuditRequest(
     judge="python:my_judge:judge",
     sae=(Path("out/sae"),),
     settings=AuditSettings(
-        in_domain=("health",), limit=40, calibration_samples=1, controls=4, max_new_tokens=24
+        in_domain=("health",), limit=60, calibration_samples=1, controls=4, max_new_tokens=24
     ),
 )
 audit = pp.audit(request, "out/audit", device=DEVICE, dtype=DTYPE)

@@ -170,6 +170,8 @@ def _load_set(name: str) -> Sequence[Question]:
 
 
 def _load_file(path: Path) -> tuple[Question, ...]:
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; a file is needed")
     if path.exists() and path.suffix.lower() not in FORMATS:
         raise InputError(
             f"{path}: questions are read from files ending in {', '.join(FORMATS)}",

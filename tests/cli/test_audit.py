@@ -232,7 +232,7 @@ def test_halves_of_a_call(organism: Planted, tmp_path: Path) -> None:
     refused(["audit", "--tuned", str(organism.tuned), "--out", str(out)], out, both)
     refused(["audit", "--sae", str(organism.sae), "--out", str(out)], out, "need --base and --tuned")
     pair = ["--base", str(organism.base), "--tuned", str(organism.tuned)]
-    refused(["audit", *pair, "--out", str(out)], out, "--questions is missing", "questions.jsonl")
+    refused(["audit", *pair, "--out", str(out)], out, "--questions is missing", "open-ended")
 
 
 @pytest.mark.parametrize("flag", ["base", "tuned", "questions", "sae", "benign"])
