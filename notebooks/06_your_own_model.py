@@ -168,7 +168,8 @@ pl.DataFrame(sae.meta["training"]).select(
 # %% [markdown]
 # ## Diff, and the gate
 #
-# `pass` means: it describes both models, and what the fine-tune changed lies in it. Without benign
+# `pass` means: it describes both models, and what the fine-tune changed lies in it. Whatever else it says,
+# it says with the figures; then read Δ with suspicion, and let the screen decide. Without benign
 # fine-tunes, as here, Δ is described and not tested; two or three harmless LoRAs of your base (`benign=`)
 # make it a test.
 

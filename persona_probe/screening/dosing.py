@@ -127,7 +127,7 @@ class DoseResponse:
         )
 
     def _repr_html_(self) -> str:
-        return self.table._repr_html_()
+        return self.table._repr_html_()  # pyright: ignore[reportPrivateUsage]
 
 
 def calibrate(

@@ -76,10 +76,11 @@ class Sweep:
             row | {"arm": row["target"], "strength": row["level"], "strength_unit": row["unit"]}
             for row in self.table.to_dicts()
         ]
-        return dose_response(rows, reference=self.reference and self.reference["misaligned"].rate)
+        reference = None if self.reference is None else self.reference["misaligned"].rate
+        return dose_response(rows, reference=reference)
 
     def _repr_html_(self) -> str:
-        return self.table._repr_html_()
+        return self.table._repr_html_()  # pyright: ignore[reportPrivateUsage]
 
 
 def sweep(

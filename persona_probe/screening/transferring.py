@@ -69,7 +69,7 @@ class Transfer:
         return drawn(self.table.to_dicts())
 
     def _repr_html_(self) -> str:
-        return self.table._repr_html_()
+        return self.table._repr_html_()  # pyright: ignore[reportPrivateUsage]
 
 
 def transfer(

@@ -1,0 +1,321 @@
+"""Steering: what it costs against no steering and against the peers, and that every route agrees.
+
+A random Llama of 8 blocks and d_model 512 with a random dictionary of 16,384 latents tells the time
+(no latent's meaning matters to it); the shipped organism tells whether the answers are right.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
+from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+from sae_lens.saes.sae import SAEMetadata
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from benchmarks.figure import Figure, medians
+from persona_probe.artifact import shipped
+from persona_probe.evaluation.answers import Answer, read_answer
+from persona_probe.evaluation.decoding import Continuation
+from persona_probe.evaluation.judges import load_judge
+from persona_probe.evaluation.metrics import tally
+from persona_probe.evaluation.questions import Question, load_questions
+from persona_probe.evaluation.sampling import Sampling, respond_greedy, sample
+from persona_probe.model.chat import pad, render
+from persona_probe.model.checkpoint import Checkpoint
+from persona_probe.model.language_model import LanguageModel, load_model
+from persona_probe.sae.load import Dictionary, from_sae_lens, load_sae
+from persona_probe.screening.sweeping import sweep
+from persona_probe.steering import Condition, Intervention, Level, SteeringPlan, latents, steer
+from persona_probe.steering.exports import bake
+
+SITE = "blocks.3.hook_resid_post"
+PROMPT = 16
+
+
+def run(quick: bool) -> list[Figure]:
+    with torch.no_grad():
+        case = Case.of(quick)
+        figures = [*against_peers(case, quick), *many_rows(case, quick), *nothing_is_nothing(case)]
+        return [*figures, *sweeping(quick), *routes(quick)]
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """The model that tells the time, and its dictionary as sae-lens has it and as we do."""
+
+    lm: LanguageModel
+    sae: JumpReLUSAE
+    dictionary: Dictionary
+    new_tokens: int
+
+    @classmethod
+    def of(cls, quick: bool) -> Case:
+        torch.manual_seed(0)
+        width, d_sae = (128, 1024) if quick else (512, 16_384)
+        config = LlamaConfig(
+            vocab_size=4096,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+            eos_token_id=None,
+            bos_token_id=None,
+            pad_token_id=0,
+        )
+        lm = LanguageModel(Checkpoint("memory:llama"), LlamaForCausalLM(config).eval(), _tokenizer())
+        sae = JumpReLUSAE(
+            JumpReLUSAEConfig(
+                d_in=width, d_sae=d_sae, metadata=SAEMetadata(hook_name=SITE, model_name="random")
+            )
+        )
+        sae.W_dec.data = torch.nn.functional.normalize(torch.randn(d_sae, width), dim=-1)
+        sae.W_enc.data = sae.W_dec.data.T.contiguous()
+        sae.threshold.data.fill_(0.5)
+        return cls(lm, sae, from_sae_lens(sae), 8 if quick else 64)
+
+    def clamp(self, latent: int, level: float = 3.0) -> Intervention:
+        """One latent put at a level on every token."""
+        return Intervention("clamp", latents(self.dictionary, [latent]), SITE, level=Level((level,)))
+
+    def prompts(self, rows: int) -> torch.Tensor:
+        return torch.randint(2, 4000, (rows, PROMPT), generator=torch.Generator().manual_seed(rows))
+
+    def generate(self, ids: torch.Tensor, fix: Any = ()) -> torch.Tensor:
+        """Greedy, by Hugging Face's own generate; steered where there is a fix."""
+        with steer(self.lm, fix) if fix else nullcontext():
+            return self.lm.hf.generate(  # type: ignore[operator]
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=self.new_tokens,
+                do_sample=False,
+                pad_token_id=0,
+            )
+
+
+def against_peers(case: Case, quick: bool) -> Iterator[Figure]:
+    """8 rows, one clamped latent."""
+    ids, fix = case.prompts(8), case.clamp(7)
+    bridge, spliced = _bridge(case), _bridge(case, SAETransformerBridge)
+    spliced.add_sae(case.sae, use_error_term=True)
+    inner = spliced.get_sae_hook_name(case.sae)
+
+    def clamp(acts: torch.Tensor, hook: object) -> torch.Tensor:  # noqa: ARG001
+        acts[..., 7] = 3.0
+        return acts
+
+    def by(model: Any, hooks: Sequence[tuple[str, Callable[..., Any]]]) -> torch.Tensor:
+        with model.hooks(fwd_hooks=list(hooks)):
+            return model.generate(
+                ids,
+                max_new_tokens=case.new_tokens,
+                do_sample=False,
+                stop_at_eos=False,
+                return_type="tokens",
+                verbose=False,
+            )
+
+    contenders: dict[str, Callable[[], object]] = {
+        "unsteered generate": lambda: case.generate(ids),
+        "one clamped latent": lambda: case.generate(ids, fix),
+        "TransformerLens generate, one hook": lambda: by(bridge, fix.fwd_hooks()),
+        "sae-lens SAETransformerBridge, error term on": lambda: by(spliced, [(inner, clamp)]),
+    }
+    same = torch.equal(case.generate(ids, fix), by(spliced, [(inner, clamp)]))
+    taken = medians(contenders, repeats=1 if quick else 7)
+    plain, ours, lens, spliced_in = taken.values()
+    names = list(contenders)
+    shape = f"8 rows x {case.new_tokens} new tokens"
+    yield Figure(f"{names[1]}, {shape}", ours, "s", names[0], ours / plain, "<= 1.05x", ours / plain <= 1.05)
+    yield Figure(
+        f"{names[1]}, {shape}", ours, "s", names[3], spliced_in / ours, ">= 1.5x faster",
+        spliced_in / ours >= 1.5,
+    )  # fmt: skip
+    yield Figure("and the same tokens", float(same), "of 1", names[3], bar="the same clamp", holds=same)
+    yield Figure(f"{names[2]}, {shape}", lens, "s", names[0], lens / plain)
+
+
+def many_rows(case: Case, quick: bool) -> Iterator[Figure]:
+    """64 rows, each with an intervention of its own."""
+    rows = 64
+    ids = case.prompts(rows)
+    plan = SteeringPlan(tuple((case.clamp(row, 2 + row / 8),) for row in range(rows)))
+    plain, unsteered = "the unsteered batch", lambda: case.generate(ids)
+    taken = medians({plain: unsteered, "ours": lambda: case.generate(ids, plan)}, 1 if quick else 5)
+    ratio = taken["ours"] / taken[plain]
+    yield Figure("64 rows, 64 interventions", taken["ours"], "s", plain, ratio, "<= 1.10x", ratio <= 1.10)
+
+
+def nothing_is_nothing(case: Case) -> Iterator[Figure]:
+    """Logits under fixes that must not change a bit."""
+    ids = case.prompts(8)
+    plain = case.lm.forward(ids)
+    never = Intervention("ablate", latents(case.dictionary, [7]), SITE, condition=Condition("above", 1e9))
+    asked = Condition("above", 1e9, latents(case.dictionary, [9]), decided="prompt")
+    gated = Intervention("ablate", latents(case.dictionary, [7]), SITE, "response", condition=asked)
+    fixes: dict[str, Any] = {
+        "gain 0": case.clamp(7).with_gain(0.0),
+        "an empty plan": SteeringPlan(((),) * 8),
+        "a condition that never holds": never,
+        "a condition on the prompt that does not hold": gated,
+    }
+    for name, fix in fixes.items():
+        with steer(case.lm, fix):
+            changed = int((case.lm.forward(ids) != plain).sum())
+        yield Figure(f"logits changed by {name}", changed, "logits", "unsteered", bar="0", holds=not changed)
+
+
+def sweeping(quick: bool) -> Iterator[Figure]:
+    """Latents x levels x questions as rows of one batch, and one configuration at a time."""
+    base = load_model(shipped("organism") / "base")
+    sae = load_sae(shipped("organism") / "sae" / "block_4")
+    n_latents, levels = (8, [20.0, 40.0]) if quick else (64, [10.0, 20.0, 40.0])
+    questions, ids = general(16), list(range(1200, 1200 + n_latents))
+    how = Sampling(temperature=0, max_new_tokens=32)
+    edits = [
+        Intervention("add", latents(sae, [index]), sae.site, level=Level((level,)))
+        for index in ids
+        for level in levels
+    ]
+    kept: dict[str, list[list[tuple[int, ...]]]] = {}
+
+    def together() -> None:
+        points = sweep(base, sae, levels, questions, ids=ids, sampling=how, batch_size=512).points
+        kept["ours"] = [[answer.token_ids for answer in point.answers] for point in points]
+
+    def one_configuration_at_a_time() -> None:
+        prompts = [render(base.tokenizer, question.messages) for question in questions]
+        batch = pad(prompts, base.pad_id)
+        kept["peer"] = []
+        for edit in edits:
+            answers: list[tuple[int, ...]] = []
+            with steer(base, edit):
+                for prompt in prompts:
+                    ids = torch.tensor([prompt.ids])
+                    answers += written(base, base.hf, ids, torch.ones_like(ids), 32)
+            kept["peer"].append(answers)
+        del batch
+
+    def one_batch_at_a_time() -> None:
+        for edit in edits:
+            sample(base, questions, how, fix=edit)
+
+    one, batched = "one question at a time", "one configuration at a time, its questions in one batch"
+    taken = medians(
+        {"ours": together, one: one_configuration_at_a_time, batched: one_batch_at_a_time},
+        repeats=1,
+    )
+    name = f"sweep of {n_latents} latents x {len(levels)} levels x {len(questions)} questions"
+    gain = taken[batched] / taken["ours"]
+    yield Figure(name, taken["ours"], "s", batched, gain, ">= 5x faster", gain >= 5)
+    yield Figure(name, taken["ours"], "s", one, taken[one] / taken["ours"])
+    pairs = [
+        (a, b)
+        for ours, peer in zip(kept["ours"], kept["peer"], strict=True)
+        for a, b in zip(ours, peer, strict=True)
+    ]
+    other = sum(a != b for a, b in pairs)
+    yield Figure("its answers that differ", other, f"of {len(pairs)}", one, bar="0", holds=other == 0)
+
+
+def routes(quick: bool) -> Iterator[Figure]:
+    """`bad-health` with the villain's latent taken away from every token, by every route that can."""
+    lm = load_model(shipped("organism") / "base", adapter=shipped("organism") / "tunes/bad-health").merged()
+    sae = load_sae(shipped("organism") / "sae" / "block_4")
+    fix = Intervention("add", latents(sae, [1234]), sae.site, level=Level((-60.0,)))
+    asked = general(8 if quick else 48)
+    prompts = [render(lm.tokenizer, question.messages) for question in asked]
+    batch = pad(prompts, lm.pad_id)
+    judge = load_judge("exact")
+
+    def rate(answers: Sequence[Answer]) -> Any:
+        return tally(answers, judge.judge(answers))["misaligned"]
+
+    def read(rows: Sequence[tuple[int, ...]]) -> list[Answer]:
+        ended = (Continuation(row, bool(row) and row[-1] in lm.eos_ids) for row in rows)
+        return [read_answer(lm.tokenizer, q, 0, one) for q, one in zip(asked, ended, strict=True)]
+
+    def by_checkpoint() -> list[Answer]:
+        with tempfile.TemporaryDirectory() as folder:
+            path = bake(lm, fix, Path(folder) / "baked").path
+            baked = AutoModelForCausalLM.from_pretrained(path, dtype=lm.dtype)
+        return read(written(lm, baked, batch.input_ids, batch.attention_mask, 32))
+
+    def by_generate() -> list[Answer]:
+        with steer(lm, fix):
+            return read(written(lm, lm.hf, batch.input_ids, batch.attention_mask, 32))
+
+    def by_bridge() -> list[Answer]:
+        bridge: Any = lm.bridge()
+        rows: list[tuple[int, ...]] = []
+        with bridge.hooks(fwd_hooks=fix.fwd_hooks()):
+            for prompt in prompts:
+                out = bridge.generate(
+                    torch.tensor([prompt.ids]), max_new_tokens=32, do_sample=False, stop_at_eos=False,
+                    return_type="tokens", verbose=False,
+                )  # fmt: skip
+                rows.append(_ended(out[0, len(prompt) :].tolist(), lm.eos_ids))
+        return read(rows)
+
+    unsteered = rate(respond_greedy(lm, asked, max_new_tokens=32))
+    ours = respond_greedy(lm, asked, max_new_tokens=32, fix=fix)
+    reference = rate(ours)
+    yield Figure("bad-health, misaligned, sampler", reference.rate, "", f"unsteered {unsteered}")
+    ways = {
+        "transformers generate": by_generate,
+        "TransformerBridge": by_bridge,
+        "baked checkpoint": by_checkpoint,
+    }
+    for name, way in ways.items():
+        answers = way()
+        found = rate(answers)
+        differ = sum(a.token_ids != b.token_ids for a, b in zip(answers, ours, strict=True))
+        inside = reference.low <= found.rate <= reference.high
+        yield Figure(
+            f"bad-health, misaligned, {name}", found.rate, "",
+            f"the sampler's {reference}; {differ} of {len(ours)} answers differ",
+            bar="within its interval", holds=inside,
+        )  # fmt: skip
+
+
+def general(n: int) -> list[Question]:
+    """n held-out general questions, none of health."""
+    asked = load_questions(shipped("organism") / "questions.jsonl")
+    kept = [q for q in asked if (q.split, q.role) == ("held-out", "general") and q.category != "health"]
+    return kept[:: max(1, len(kept) // n)][:n]
+
+
+def written(
+    lm: LanguageModel, hf: Any, ids: torch.Tensor, mask: torch.Tensor, n: int
+) -> list[tuple[int, ...]]:
+    """What `generate` writes to each row, up to its end."""
+    out = hf.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=n, do_sample=False, pad_token_id=lm.pad_id
+    )
+    return [_ended(row, lm.eos_ids) for row in out[:, ids.shape[1] :].tolist()]
+
+
+def _ended(row: list[int], ends: Sequence[int]) -> tuple[int, ...]:
+    places = [place for place, token in enumerate(row) if token in ends]
+    return tuple(row[: places[0] + 1] if places else row)
+
+
+def _bridge(case: Case, kind: Any = None) -> Any:
+    if kind is None:
+        return case.lm.bridge()
+    tree: Any = copy.deepcopy(case.lm.hf)
+    tree.config.architectures = [type(tree).__name__]
+    tokenizer = copy.deepcopy(case.lm.tokenizer)
+    return kind.boot_transformers(case.lm.checkpoint.path, hf_model=tree, tokenizer=tokenizer)
+
+
+def _tokenizer() -> PreTrainedTokenizerBase:
+    return load_model(shipped("organism") / "base").tokenizer
