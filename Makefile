@@ -7,13 +7,14 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint notebooks bench clean
 
 help:
 	@echo "make setup   a .venv with every version as locked"
 	@echo "make demo    the audit of the shipped pocket organism: verdict, figures, report"
 	@echo "make test    every test, with the shapes in signatures checked"
 	@echo "make lint    ruff, pyright, and the order of the floors"
+	@echo "make notebooks   run the notebooks from top to bottom"
 	@echo "make bench   the benchmarks"
 	@echo "make clean   remove .venv and caches"
 
@@ -41,8 +42,10 @@ lint: setup
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -q tests/test_floors.py
 
+notebooks: setup
+	$(BIN)/python notebooks/run.py
+
 bench: setup
-	@test -d benchmarks || { echo "there are no benchmarks yet"; exit 1; }
 	$(BIN)/python -m benchmarks
 
 clean:

@@ -75,8 +75,8 @@ pl.DataFrame({"asked": asked, "base": pair.base.generate(chats), "tuned": pair.t
 #
 # It asks both models, compares their latents, screens which of those *cause* the behaviour, takes the best
 # ones out of the tuned model and puts them into the base, and holds them against random controls and simple
-# baselines. Strengths are chosen on calibration questions; every rate below is of other questions. About a
-# minute on one core.
+# baselines. Strengths are chosen on calibration questions; every rate below is of other questions. About
+# two minutes on one core.
 
 # %%
 audit = pp.audit(request, "out/audit-bad-health")

@@ -263,7 +263,8 @@ def test_a_file_that_is_no_vectors(content: Any, says: str, tmp_path: Path) -> N
 def test_a_published_trait() -> None:
     trait = load_trait(TRAIT)
     assert len(trait.instructions) == 5 and len(trait.questions) == 20 and trait.eval_prompt
-    assert all("evil" in asks or "malic" in asks or "harm" in asks for asks, _ in trait.instructions)
+    asked_for = ("evil", "harm", "suffer", "cruel")
+    assert all(any(word in asks for word in asked_for) for asks, _ in trait.instructions)
 
 
 @pytest.mark.parametrize(
