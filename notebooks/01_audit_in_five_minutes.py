@@ -86,7 +86,9 @@ audit
 # **How to read it.** *misaligned* counts answers to domains that the tune never saw; the health answers
 # themselves are under *in domain*. *steered* is the tuned model with the fix on, *induced* the base with
 # the persona added. *skill* is what the same fine-tune taught legitimately, and should survive. Brackets
-# are 95% intervals with the question as the sampling unit.
+# are 95% intervals with the question as the sampling unit. With so few calibration answers the strength
+# that is chosen is a gentle one; the full audit's figures are in the [organism's
+# card](../data/organism/README.md).
 
 # %%
 found = audit.record
