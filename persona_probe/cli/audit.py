@@ -127,7 +127,7 @@ def audit(
             )
         _show(done.record, done.path)
         if not request.sae:
-            out.print("\nNo dictionary was given: directions only. To train one: persona_probe.train_sae")
+            out.print("\nNo dictionary was given: directions only. To train one: persona-probe sae train")
     misaligned = done.verdict.startswith("misaligned")
     # a misaligned model for which no fix was found is not restored either
     unrestored = done.after == "not restored" or (misaligned and done.after is None)

@@ -85,7 +85,7 @@ def test_a_person_gets_a_table_and_the_places(organism: Planted, tmp_path: Path)
     for row in ("base", "tuned", "steered", "direction ×"):
         assert row in result.stdout
     assert str(out / "report.html") in result.stdout.replace("\n", "")
-    assert "To train one: persona_probe.train_sae" in result.stdout
+    assert "To train one: persona-probe sae train" in result.stdout
     record = read_json(out / "audit.json")
     shown = re.search(r"tuned +(\d+) \[(\d+)–(\d+)\]", result.stdout)
     assert shown is not None
