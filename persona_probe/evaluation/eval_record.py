@@ -12,15 +12,13 @@ from persona_probe.evaluation.arms import SampledArm, checkpoint_of
 from persona_probe.evaluation.comparison import Comparison
 from persona_probe.evaluation.judges import Judge
 from persona_probe.evaluation.length_matched import match_lengths
-from persona_probe.evaluation.metrics import MAX_MISSING, outcome
+from persona_probe.evaluation.metrics import MANY_CUT_OFF, MAX_MISSING, outcome
 from persona_probe.evaluation.plan import width_warning
 from persona_probe.evaluation.request import Asked, EvaluationRequest
 from persona_probe.evaluation.result import EvalResult
 from persona_probe.evaluation.self_described import count_personas
 
 UNKNOWN: dict[str, None] = {field.name: None for field in fields(Comparison)}
-MANY_CUT_OFF = 0.2
-"""Above this share of answers cut off, a reader is warned."""
 
 
 def eval_record(
