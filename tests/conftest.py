@@ -13,6 +13,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+from filelock import FileLock
 
 # the same examples every time: a search for new ones is for a developer's machine, not for a gate
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -69,10 +70,22 @@ def quick_build(tmp_path_factory: pytest.TempPathFactory) -> QuickBuild:
     from persona_probe.organism.build import QUICK, build
 
     torch.set_num_threads(1)
-    path = tmp_path_factory.mktemp("organism") / "quick"
-    start = time.process_time()
-    build(path, QUICK)
-    return QuickBuild(path, time.process_time() - start)
+    path = _of_all_workers(tmp_path_factory) / "organism"
+    cost = path.with_name("cost")
+    with FileLock(path.with_name("lock")):
+        if not cost.exists():
+            start = time.process_time()
+            build(path, QUICK)
+            cost.write_text(str(time.process_time() - start))
+    return QuickBuild(path, float(cost.read_text()))
+
+
+def _of_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that is one for all processes of this test run: each has its own base beneath it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    shared.mkdir(exist_ok=True)
+    return shared
 
 
 @pytest.fixture(scope="session")

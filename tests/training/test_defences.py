@@ -387,6 +387,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError):
             make()
     model = moved(llama())
+    before = _hooks(model)
     for defence, error in (
         (CAFT(direction(torch.ones(7)), (SITE,)), MismatchError),
         (CAFT(latents(sae, [1]), ("blocks.9.hook_resid_post",)), UnknownSiteError),
@@ -394,7 +395,12 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(error), Defending(model, [defence]):
             pass
-    assert not any(module._forward_hooks for module in model.modules())
+    assert _hooks(model) == before
+
+
+def _hooks(model: Any) -> list[tuple[int, ...]]:
+    """The hooks of every module. transformers leaves some on a model that was asked for hidden states."""
+    return [(*module._forward_hooks, *module._forward_pre_hooks) for module in model.modules()]
 
 
 def test_defences_work_on_other_families() -> None:
