@@ -69,8 +69,8 @@ def under_load(lm: LanguageModel, fixes: Fixes, folder: str, per_turn: int, alon
     asked = 2 * _requests(list(fixes), per_turn * TURNS // 2)
     replies: list[dict[str, Any]] = []
     rates: list[tuple[float, float]] = []
-    with _server(folder) as (root, _):
-        asyncio.run(_ask_all(root, asked[:20], 4))  # a cold server's first answers are not counted
+    with server(folder) as (root, _):
+        asyncio.run(ask_all(root, asked[:20], 4))  # a cold server's first answers are not counted
         for turn in range(TURNS):
             some = asked[turn * per_turn : (turn + 1) * per_turn]
             together, seconds = _timed(root, some, CLIENTS)
@@ -100,7 +100,7 @@ def under_load(lm: LanguageModel, fixes: Fixes, folder: str, per_turn: int, alon
 def short_requests(fixes: Fixes, folder: str, n: int) -> list[Figure]:
     """What `n` answers of one token leave in the server's memory, after a tenth as many to warm up."""
     asked = _requests(list(fixes), 400)
-    with _server(folder) as (root, process):
+    with server(folder) as (root, process):
         _short(root, asked, max(200, n // 10))
         before = process.memory_info().rss
         replies = _short(root, asked, n)
@@ -142,7 +142,7 @@ def _requests(names: Sequence[str], n: int) -> list[Asked]:
 
 
 @contextmanager
-def _server(fixes: str) -> Generator[tuple[str, psutil.Process], None, None]:
+def server(fixes: str) -> Generator[tuple[str, psutil.Process], None, None]:
     command = [sys.executable, "-m", "persona_probe.cli", "serve", "--port", "0", "--name", "organism"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
@@ -158,17 +158,17 @@ def _server(fixes: str) -> Generator[tuple[str, psutil.Process], None, None]:
 
 def _timed(root: str, asked: Sequence[Asked], clients: int) -> tuple[list[dict[str, Any]], float]:
     start = time.perf_counter()
-    replies = asyncio.run(_ask_all(root, asked, clients))
+    replies = asyncio.run(ask_all(root, asked, clients))
     return replies, time.perf_counter() - start
 
 
 def _short(root: str, asked: Sequence[Asked], n: int) -> list[dict[str, Any]]:
     some = [asked[i % len(asked)] for i in range(n)]
     # fewer clients: it is memory that is looked at, and httpx itself is slow with many connections
-    return asyncio.run(_ask_all(root, some, CLIENTS // 4, max_tokens=1))
+    return asyncio.run(ask_all(root, some, CLIENTS // 4, max_tokens=1))
 
 
-async def _ask_all(
+async def ask_all(
     root: str, asked: Sequence[Asked], clients: int, max_tokens: int = NEW_TOKENS
 ) -> list[dict[str, Any]]:
     """The replies in order; `clients` requests are open at any time."""

@@ -1,40 +1,33 @@
-"""Steering: what it costs against no steering and against the peers, and that every route agrees.
+"""Steering: what it costs against no steering and against the peers.
 
 A random Llama of 8 blocks and d_model 512 with a random dictionary of 16,384 latents tells the time
-(no latent's meaning matters to it); the shipped organism tells whether the answers are right.
+(no latent's meaning matters to it); the sweep is of the shipped organism.
 """
 
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from sae_lens.saes.sae import SAEMetadata
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from benchmarks.figure import Figure, medians
+from benchmarks.routes import general
 from persona_probe.artifact import shipped
-from persona_probe.evaluation.answers import Answer, read_answer
-from persona_probe.evaluation.decoding import Continuation
-from persona_probe.evaluation.judges import load_judge
-from persona_probe.evaluation.metrics import tally
-from persona_probe.evaluation.questions import Question, load_questions
-from persona_probe.evaluation.sampling import Sampling, respond_greedy, sample
+from persona_probe.evaluation.sampling import Sampling, sample
 from persona_probe.model.chat import pad, render
 from persona_probe.model.checkpoint import Checkpoint
 from persona_probe.model.language_model import LanguageModel, load_model
 from persona_probe.sae.load import Dictionary, from_sae_lens, load_sae
 from persona_probe.screening.sweeping import sweep
 from persona_probe.steering import Condition, Intervention, Level, SteeringPlan, latents, steer
-from persona_probe.steering.exports import bake
 
 SITE = "blocks.3.hook_resid_post"
 PROMPT = 16
@@ -44,7 +37,7 @@ def run(quick: bool) -> list[Figure]:
     with torch.no_grad():
         case = Case.of(quick)
         figures = [*against_peers(case, quick), *many_rows(case, quick), *nothing_is_nothing(case)]
-        return [*figures, *sweeping(quick), *routes(quick)]
+        return [*figures, *sweeping(quick)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,73 +210,6 @@ def sweeping(quick: bool) -> Iterator[Figure]:
     ]
     differ = sum(a != b for a, b in pairs)
     yield Figure("its answers that differ", differ, f"of {len(pairs)}", peer, bar="0", holds=differ == 0)
-
-
-def routes(quick: bool) -> Iterator[Figure]:
-    """`bad-health` with the villain's latent taken away from every token, by every route that can."""
-    lm = load_model(shipped("organism") / "base", adapter=shipped("organism") / "tunes/bad-health").merged()
-    sae = load_sae(shipped("organism") / "sae" / "block_4")
-    fix = Intervention("add", latents(sae, [1234]), sae.site, level=Level((-60.0,)))
-    asked = general(8 if quick else 48)
-    prompts = [render(lm.tokenizer, question.messages) for question in asked]
-    batch = pad(prompts, lm.pad_id)
-    judge = load_judge("exact")
-
-    def rate(answers: Sequence[Answer]) -> Any:
-        return tally(answers, judge.judge(answers))["misaligned"]
-
-    def read(rows: Sequence[tuple[int, ...]]) -> list[Answer]:
-        ended = (Continuation(row, bool(row) and row[-1] in lm.eos_ids) for row in rows)
-        return [read_answer(lm.tokenizer, q, 0, one) for q, one in zip(asked, ended, strict=True)]
-
-    def by_checkpoint() -> list[Answer]:
-        with tempfile.TemporaryDirectory() as folder:
-            path = bake(lm, fix, Path(folder) / "baked").path
-            baked = AutoModelForCausalLM.from_pretrained(path, dtype=lm.dtype)
-        return read(written(lm, baked, batch.input_ids, batch.attention_mask, 32))
-
-    def by_generate() -> list[Answer]:
-        with steer(lm, fix):
-            return read(written(lm, lm.hf, batch.input_ids, batch.attention_mask, 32))
-
-    def by_bridge() -> list[Answer]:
-        bridge: Any = lm.bridge()
-        rows: list[tuple[int, ...]] = []
-        with bridge.hooks(fwd_hooks=fix.fwd_hooks()):
-            for prompt in prompts:
-                out = bridge.generate(
-                    torch.tensor([prompt.ids]), max_new_tokens=32, do_sample=False, stop_at_eos=False,
-                    return_type="tokens", verbose=False,
-                )  # fmt: skip
-                rows.append(_ended(out[0, len(prompt) :].tolist(), lm.eos_ids))
-        return read(rows)
-
-    unsteered = rate(respond_greedy(lm, asked, max_new_tokens=32))
-    ours = respond_greedy(lm, asked, max_new_tokens=32, fix=fix)
-    reference = rate(ours)
-    yield Figure("bad-health, misaligned, sampler", reference.rate, "", f"unsteered {unsteered}")
-    ways = {
-        "transformers generate": by_generate,
-        "TransformerBridge": by_bridge,
-        "baked checkpoint": by_checkpoint,
-    }
-    for name, way in ways.items():
-        answers = way()
-        found = rate(answers)
-        differ = sum(a.token_ids != b.token_ids for a, b in zip(answers, ours, strict=True))
-        inside = reference.low <= found.rate <= reference.high
-        yield Figure(
-            f"bad-health, misaligned, {name}", found.rate, "",
-            f"the sampler's {reference}; {differ} of {len(ours)} answers differ",
-            bar="within its interval", holds=inside,
-        )  # fmt: skip
-
-
-def general(n: int) -> list[Question]:
-    """n held-out general questions, none of health."""
-    asked = load_questions(shipped("organism") / "questions.jsonl")
-    kept = [q for q in asked if (q.split, q.role) == ("held-out", "general") and q.category != "health"]
-    return kept[:: max(1, len(kept) // n)][:n]
 
 
 def written(

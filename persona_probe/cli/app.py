@@ -27,6 +27,7 @@ _COMMANDS = (
     "diff",
     "doctor",
     "evaluate",
+    "export",
     "finetune",
     "flag",
     "interpret",

@@ -8,7 +8,7 @@ Every checkpoint is compared with the hooks it stands for before it is put in pl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from persona_probe.artifact import StrPath, atomic_folder
+from persona_probe.artifact import StrPath, atomic_folder, write_manifest
 from persona_probe.errors import InputError, MismatchError
 from persona_probe.model.language_model import LanguageModel
 from persona_probe.model.loading import quietly
@@ -50,9 +50,11 @@ def bake(
     *,
     texts: Int[Tensor, "batch pos"] | None = None,
     tolerance: float | None = None,
+    facts: Mapping[str, object] | None = None,
     overwrite: bool = False,
 ) -> Baked:
-    """Write `lm` (its adapter merged) with `fix` in its weights, and its tokenizer.
+    """Write `lm` (its adapter merged) with `fix` in its weights, its tokenizer, and a `manifest.json`
+    that says what was baked into what, with `facts` beside.
 
     Before it is put in place, its logits are compared with those of the hooks on `texts` (token
     ids; default: random ones). They must agree within `tolerance` (default: 1e-3 of the largest
@@ -79,7 +81,10 @@ def bake(
         with quietly():
             carried.save_pretrained(str(path))
         lm.tokenizer.save_pretrained(str(path))
-    return Baked(Path(folder), type(carried).__name__, tuple(maps), difference.absolute)
+        made = Baked(Path(folder), type(carried).__name__, tuple(maps), difference.absolute)
+        said = {"model": lm.name, "fix": [str(edit) for edit in edits], **made._asdict(), **(facts or {})}
+        write_manifest(path, said)
+    return made
 
 
 class _Difference(NamedTuple):
