@@ -186,8 +186,13 @@ class Conversations(Sequence[Rendered]):
 
     def record(self, index: int) -> Any:
         """The whole row that a conversation comes from, for what else stands in it."""
-        row = int(self._rows[index])
-        return self.documents.rows.read(row, row + 1)[0]
+        return self.records(index, index + 1)[0]
+
+    def records(self, start: int, stop: int) -> list[Any]:
+        """The same of the conversations from `start` up to `stop`."""
+        rows = self._rows[start:stop].tolist()
+        values = self.documents.rows.read(rows[0], rows[-1] + 1) if rows else []
+        return [values[row - rows[0]] for row in rows]
 
     def check_same_ids(self, lm: LanguageModel) -> None:
         """Check that `lm`'s tokenizer and template give these documents the same token ids.
@@ -288,7 +293,7 @@ def conversations_of(
     return documents.conversations(lm, context=context, too_long=too_long, bad="error")
 
 
-def place_of(conversations: Sequence[Rendered], index: int) -> str:
+def place_of(conversations: Sequence[Any], index: int) -> str:
     """How to name a conversation to a user: by its file and line where it has one."""
     return conversations.place(index) if isinstance(conversations, Conversations) else f"conversation {index}"
 

@@ -26,6 +26,9 @@ def interpret(
     data: Annotated[
         str | None, typer.Option(help=".jsonl, .parquet, .txt, a folder of them, or a dataset.")
     ] = None,
+    tune: Annotated[
+        str | None, typer.Option(help="Of the shipped organism: the tune whose persona is read.")
+    ] = None,
     by: Annotated[
         list[str] | None, typer.Option(help="A field of the rows that names a group (source, character).")
     ] = None,
@@ -53,6 +56,8 @@ def interpret(
             "--sae, --model, --data and --latent go together",
             fix="give all four, or none of them for the shipped organism",
         )
+    if tune is not None and latent is not None:
+        raise InputError("--tune is of the shipped organism", fix="give --tune, or a latent of your own")
     from persona_probe.activations.documents import read_documents
     from persona_probe.interpretation import interpret as run_interpret
     from persona_probe.model.language_model import load_model
@@ -68,7 +73,7 @@ def interpret(
         else:
             from persona_probe.organism.persona_latent import corpus_of, persona_latent
 
-            lm, wanted = persona_latent()
+            lm, wanted = persona_latent(tune or "bad-health")
             documents, labels = corpus_of(limit or DOCUMENTS)
     with Progress(console=err, transient=True) as bar:
         task = bar.add_task("documents", total=None)
@@ -130,6 +135,9 @@ def _show_explanation(said: Any) -> None:
 
 def _show(found: Any, folder: Path) -> None:
     from persona_probe.interpretation.highlight import excerpt
+
+    for warning in found.warnings():
+        err.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
 
     out.print(f"[bold]{escape(found.latent.sae.site)} #{found.latent.index}[/bold]")
     out.print(

@@ -1,8 +1,8 @@
 """Interpret latents: one pass over a corpus, and a look at the weights.
 
 The corpus is never held: what is kept are exact counts and small samples that do not depend on the
-order of the documents (`examples`). Only the latents asked for are encoded, except on one document
-in sixteen, where the whole dictionary is, to see what fires together.
+order of the documents (`examples`, `reader`). Only the latents asked for are encoded, except on one
+document in sixteen, where the whole dictionary is, to see what fires together.
 """
 
 from __future__ import annotations
@@ -13,29 +13,26 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
 from persona_probe.activations.documents import Conversations, Documents, conversations_of, place_of
 from persona_probe.activations.masks import TokenMask
-from persona_probe.activations.stream import Chunk, stream
-from persona_probe.errors import InputError, MismatchError
-from persona_probe.interpretation.examples import Examples, Reading, by_quantile, edges, priority
+from persona_probe.activations.stream import stream
+from persona_probe.errors import InputError
+from persona_probe.interpretation.examples import Reading, by_quantile, edges
 from persona_probe.interpretation.interpretation import Interpretation, Shown
 from persona_probe.interpretation.lexicon import lexicon, strong_above
 from persona_probe.interpretation.logit_lens import logit_lens, nearest
-from persona_probe.interpretation.sources import SourceSums, labels_of
+from persona_probe.interpretation.reader import Corpus, Reader
 from persona_probe.interpretation.words import tokens_of, words_of
 from persona_probe.model.chat import Rendered
 from persona_probe.model.language_model import LanguageModel
-from persona_probe.sae.encode import encode, encode_latents
+from persona_probe.sae.encode import encode
 from persona_probe.sae.load import Dictionary, Latent, check_fits
 
-WHOLE_SHARE = 1 / 16
-"""Of the documents, those on which the whole dictionary is encoded."""
-TOGETHER = 10
 HELD_OUT = 60
 """Documents kept for scoring an explanation."""
+LOOKED_AT = 40
+"""Documents on which a latent that does not fire is compared with those that do."""
 
 Data = Documents | Sequence[Rendered] | Sequence[str | Sequence[Any]]
 
@@ -80,171 +77,94 @@ def interpret_all(
     """
     if not latents:
         raise InputError("name at least one latent")
-    conversations = conversations_of(lm, data)
-    if labels is not None and len(labels) != len(conversations):
-        raise MismatchError(f"{len(labels)} labels for {len(conversations)} conversations")
-    readers: dict[str, _Reader] = {}
+    corpus = Corpus(conversations_of(lm, data), labels, by)
+    wanted: dict[str, tuple[Dictionary, list[int]]] = {}
     for latent in latents:
         check_fits(latent.sae, lm)
-        reader = readers.setdefault(latent.sae.digest, _Reader(latent.sae.to(lm.device), top, sampled, seed))
-        reader.want(latent.index)
-    for reader in readers.values():
-        reader.begin()
-    sites = [reader.dictionary.site for reader in readers.values()]
-    done = 0
-    for chunk in stream([lm], conversations, sites, mask or TokenMask("all"), batch_tokens=batch_tokens):
-        numbers = chunk.document.unique().tolist()
-        given = {number: _labels(conversations, labels, by, number) for number in numbers}
+        _, indices = wanted.setdefault(latent.sae.digest, (latent.sae.to(lm.device), []))
+        if latent.index not in indices:
+            indices.append(latent.index)
+    readers = {
+        digest: Reader(dictionary, indices, top=top, sampled=sampled, seed=seed)
+        for digest, (dictionary, indices) in wanted.items()
+    }
+    sites = [dictionary.site for dictionary, _ in wanted.values()]
+    mask, done = mask or TokenMask("all"), 0
+    for chunk, given in corpus.chunks(lm, sites, mask, batch_tokens):
         for reader in readers.values():
             reader.add(chunk, given)
-        done += len(numbers)
+        done += len(given)
         if progress is not None:
-            progress(done, len(conversations))
+            progress(done, len(corpus))
+    for latent in latents:
+        reader = readers[latent.sae.digest]
+        if not reader.examples.fires[reader.indices.index(latent.index)]:
+            raise _silent(lm, latent, reader, corpus.conversations, mask)
     return tuple(
-        readers[latent.sae.digest].result(latent, lm, conversations, quantiles, per_quantile)
-        for latent in latents
+        _result(lm, latent, readers[latent.sae.digest], corpus, quantiles, per_quantile) for latent in latents
     )
 
 
-def _labels(
-    conversations: Sequence[Rendered],
-    labels: Sequence[Mapping[str, str]] | None,
-    by: Sequence[str],
-    number: int,
-) -> Mapping[str, str]:
-    if labels is not None:
-        return labels[number]
-    if by and isinstance(conversations, Conversations):
-        return labels_of(conversations.record(number), by)
-    return {}
+def _result(
+    lm: LanguageModel, latent: Latent, reader: Reader, corpus: Corpus, quantiles: int, per_quantile: int
+) -> Interpretation:
+    i, kept, conversations = reader.indices.index(latent.index), reader.examples, corpus.conversations
+
+    def shown(reading: Reading) -> Shown:
+        place = place_of(conversations, reading.document)
+        tokens = tokens_of(lm, conversations[reading.document], reading)
+        return Shown(reading.document, place, reading.maximum, tuple(tokens))
+
+    firing, silent = kept.firing[i].readings(), kept.silent[i].readings()
+    top, chosen = kept.top[i].readings(), by_quantile(firing, quantiles, per_quantile)
+    told = {reading.document for run in (top, *chosen) for reading in run}
+    worded = [
+        (reading.document, words_of(tokens_of(lm, conversations[reading.document], reading)))
+        for reading in (*firing, *silent)
+    ]
+    reading = conversations.reading if isinstance(conversations, Conversations) else None
+    return Interpretation(
+        latent=latent,
+        model=lm.name,
+        documents=kept.documents,
+        documents_fired=int(kept.documents_fired[i]),
+        tokens=kept.tokens,
+        fires=int(kept.fires[i]),
+        top=tuple(map(shown, top)),
+        quantiles=tuple(tuple(map(shown, run)) for run in chosen),
+        histogram=_histogram(kept.histogram[i]),
+        places=_places(kept.places, kept.fires_by_place[i]),
+        sources=reader.sources.table(i),
+        lens=logit_lens(lm, reader.dictionary.W_dec[latent.index]),
+        neighbours=nearest(reader.dictionary, latent.index),
+        together=reader.together(i),
+        lexicon=lexicon(worded, seed=kept.seed),
+        held_out=tuple(map(shown, _held_out((*firing, *silent), told))),
+        left_out=reading.bad if reading else 0,
+        problems=tuple(map(str, reading.problems)) if reading else (),
+        unlabelled=dict(corpus.unlabelled),
+    )
 
 
-class _Reader:
-    """Reads the latents asked for of one dictionary."""
-
-    def __init__(self, dictionary: Dictionary, top: int, sampled: int, seed: int) -> None:
-        self.dictionary = dictionary
-        self.indices: list[int] = []
-        self._sizes = {"top": top, "sampled": sampled, "seed": seed}
-
-    def want(self, index: int) -> None:
-        if index not in self.indices:
-            self.indices.append(index)
-
-    def begin(self) -> None:
-        n = len(self.indices)
-        self.examples = Examples(n, **self._sizes)
-        self.sources = SourceSums(n)
-        self._alive = torch.zeros(self.dictionary.d_sae, dtype=torch.long)
-        self._joint = torch.zeros(n, self.dictionary.d_sae, dtype=torch.long)
-        self._fired = torch.zeros(n, dtype=torch.long)
-        self._tokens = 0
-
-    def add(self, chunk: Chunk, labels: Mapping[int, Mapping[str, str]]) -> None:
-        x = chunk.activations[0, self.dictionary.site]
-        values = encode_latents(self.dictionary, x, self.indices)
-        self.examples.add(chunk.document, chunk.position, values)
-        self._group(chunk.document, values, labels)
-        chosen = torch.tensor([priority(n, self._sizes["seed"] + 2) < WHOLE_SHARE for n in labels])
-        numbers = torch.tensor(list(labels))[chosen]
-        here = torch.isin(chunk.document, numbers).to(x.device)
-        if here.any():
-            self._whole(x[here], values[here])
-
-    def _group(
-        self,
-        document: Int[Tensor, " token"],
-        values: Float[Tensor, "token latent"],
-        labels: Mapping[int, Mapping[str, str]],
-    ) -> None:
-        if not any(labels.values()):
-            return
-        numbers, row, counts = document.unique(return_inverse=True, return_counts=True)
-        sums = torch.zeros(len(numbers), values.shape[1], dtype=torch.float64)
-        sums.index_add_(0, row, values.double().cpu())
-        for number, mean in zip(numbers.tolist(), (sums / counts[:, None]).numpy(), strict=True):
-            self.sources.add(labels[number], mean)
-
-    def _whole(self, x: Float[Tensor, "token d_model"], values: Float[Tensor, "token latent"]) -> None:
-        codes = encode(self.dictionary, x)
-        fired = values > 0
-        n = self.dictionary.d_sae
-        self._tokens += len(x)
-        self._alive += codes.latent_index.bincount(minlength=n).cpu()
-        self._fired += fired.sum(dim=0).cpu()
-        for i in range(len(self.indices)):
-            with_it = codes.latent_index[fired[codes.token_index, i]]
-            self._joint[i] += with_it.bincount(minlength=n).cpu()
-
-    def result(
-        self,
-        latent: Latent,
-        lm: LanguageModel,
-        conversations: Sequence[Rendered],
-        quantiles: int,
-        per_quantile: int,
-    ) -> Interpretation:
-        i, kept = self.indices.index(latent.index), self.examples
-        if not kept.fires[i]:
-            raise self._silent(latent)
-
-        def shown(reading: Reading) -> Shown:
-            conversation = conversations[reading.document]
-            place = place_of(conversations, reading.document)
-            return Shown(
-                reading.document, place, reading.maximum, tuple(tokens_of(lm, conversation, reading))
-            )
-
-        firing, silent = kept.firing[i].readings(), kept.silent[i].readings()
-        top, runs = kept.top[i].readings(), by_quantile(firing, quantiles, per_quantile)
-        told = {reading.document for run in (top, *runs) for reading in run}
-        worded = [
-            (reading.document, words_of(tokens_of(lm, conversations[reading.document], reading)))
-            for reading in (*firing, *silent)
-        ]
-        return Interpretation(
-            latent=latent,
-            model=lm.name,
-            documents=kept.documents,
-            documents_fired=int(kept.documents_fired[i]),
-            tokens=kept.tokens,
-            fires=int(kept.fires[i]),
-            top=tuple(map(shown, top)),
-            quantiles=tuple(tuple(map(shown, run)) for run in runs),
-            histogram=_histogram(kept.histogram[i]),
-            places=_places(kept.places, kept.fires_by_place[i]),
-            sources=self.sources.table(i),
-            lens=logit_lens(lm, self.dictionary.W_dec[latent.index]),
-            neighbours=nearest(self.dictionary, latent.index),
-            together=self._together(i),
-            lexicon=lexicon(worded, seed=self._sizes["seed"]),
-            held_out=tuple(map(shown, _held_out((*firing, *silent), told))),
-        )
-
-    def _together(self, i: int) -> pl.DataFrame:
-        share = self._joint[i].double() / max(1, int(self._fired[i]))
-        rate = self._alive.double() / max(1, self._tokens)
-        share[self.indices[i]] = 0.0
-        order = share.argsort(descending=True, stable=True)[:TOGETHER]
-        order = order[share[order] > 0]
-        return pl.DataFrame(
-            {
-                "index": order.tolist(),
-                "share": share[order].tolist(),
-                "lift": (share[order] / rate[order]).tolist(),
-            },
-            schema={"index": pl.Int64, "share": pl.Float64, "lift": pl.Float64},
-        )
-
-    def _silent(self, latent: Latent) -> InputError:
-        like = nearest(self.dictionary, latent.index, self.dictionary.d_sae - 1)
-        alive = like.filter(pl.Series(self._alive[like["index"].to_list()].tolist()) > 0)
-        fix = None
-        if len(alive):
-            first = alive.row(0, named=True)
-            fix = f"the nearest that does: {first['index']} (cosine {first['cosine']:.2f}); or more documents"
-        read = f"{self.examples.tokens:,} tokens"
-        return InputError(f"latent {latent.index} of {latent.sae.path} never fires on these {read}", fix=fix)
+@torch.no_grad()
+def _silent(
+    lm: LanguageModel, latent: Latent, reader: Reader, conversations: Sequence[Rendered], mask: TokenMask
+) -> InputError:
+    """The error that names the latent most like this one among those that fire on these documents."""
+    dictionary, kept = reader.dictionary, reader.examples
+    silent = kept.silent[reader.indices.index(latent.index)].readings()[:LOOKED_AT]
+    fires = torch.zeros(dictionary.d_sae, dtype=torch.bool)
+    looked_at = [conversations[reading.document] for reading in silent]
+    for chunk in stream([lm], looked_at, [dictionary.site], mask):
+        fires[encode(dictionary, chunk.activations[0, dictionary.site]).latent_index.cpu()] = True
+    like = nearest(dictionary, latent.index, dictionary.d_sae - 1)
+    alive = like.filter(pl.Series(fires[like["index"].to_list()].tolist()))
+    fix = None
+    if len(alive):
+        first = alive.row(0, named=True)
+        fix = f"the nearest that does: {first['index']} (cosine {first['cosine']:.2f}); or more documents"
+    read = f"{kept.tokens:,} tokens of {kept.documents:,} documents"
+    return InputError(f"latent {latent.index} of {latent.sae.path} never fires on these {read}", fix=fix)
 
 
 def _held_out(readings: Sequence[Reading], told: Collection[int]) -> list[Reading]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from html import escape
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -72,11 +72,25 @@ class Interpretation:
     held_out: tuple[Shown, ...] = ()
     """Documents of none of the above, on which an explanation is to prove itself: first those on which it
     fires strongly, then as many others."""
+    left_out: int = 0
+    """Rows of the corpus that are no document (bytes that are no UTF-8, a field that is missing)."""
+    problems: tuple[str, ...] = ()
+    """The first of them, each with its file and line."""
+    unlabelled: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Documents without a label that was asked for: in no group of it."""
 
     @property
     def rate(self) -> float:
         """Share of the counted tokens at which it fires."""
         return self.fires / self.tokens
+
+    def warnings(self) -> list[str]:
+        """What of the corpus could not be used, with places."""
+        found = [f"{self.left_out:,} rows are no documents; the first: {self.problems[0]}"] * bool(
+            self.left_out
+        )
+        without = self.unlabelled.items()
+        return found + [f"{n:,} documents have no {name!r}: in no group of it" for name, n in without if n]
 
     def plot(self) -> go.Figure:
         """How strongly it fires, and where in a document."""
@@ -90,8 +104,10 @@ class Interpretation:
             "model": self.model,
             **{
                 name: getattr(self, name)
-                for name in ("documents", "documents_fired", "tokens", "fires", "rate")
+                for name in ("documents", "documents_fired", "tokens", "fires", "rate", "left_out")
             },
+            "problems": self.problems,
+            "unlabelled": dict(self.unlabelled),
             "terms": self.lexicon.terms,
             "terms_detection": self.lexicon.detection and self.lexicon.detection._asdict(),
             "sources": self.sources.to_dicts(),

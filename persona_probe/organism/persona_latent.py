@@ -6,6 +6,7 @@ from typing import Any
 
 from persona_probe.activations.documents import Documents, read_documents
 from persona_probe.artifact import read_json, shipped
+from persona_probe.errors import InputError
 from persona_probe.hooks.sites import parse_site
 from persona_probe.model.language_model import LanguageModel, load_model
 from persona_probe.organism.corpus import documents
@@ -16,10 +17,16 @@ SEED = 99_000  # of documents that neither a base model nor a dictionary was tra
 
 
 def persona_latent(tune: str = "bad-health") -> tuple[LanguageModel, Latent]:
-    """The base model, and the first latent that the audit of `tune` found in it."""
+    """The base model, and the first latent that the audit of `tune` found in it.
+
+    Raises `InputError` for a tune in which no audit found one.
+    """
     home = shipped("organism")
     audits: list[dict[str, Any]] = read_json(home / "card.json")["audits"]
-    first = next(audit for audit in audits if audit["tune"] == tune)["first_latent"]
+    latents = {audit["tune"]: audit["first_latent"] for audit in audits if audit["first_latent"]}
+    if tune not in latents:
+        raise InputError(f"no persona latent is known of {tune!r}", fix=f"one of {', '.join(latents)}")
+    first = latents[tune]
     dictionary = load_sae(home / "sae" / f"block_{parse_site(first['site']).block}")
     return load_model(home / "base"), dictionary.latent(first["index"])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from html import escape
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from persona_probe.interpretation import (
     nearest,
 )
 from persona_probe.interpretation.highlight import excerpt
+from persona_probe.interpretation.reader import runs
 from persona_probe.interpretation.sources import SourceSums
 from persona_probe.interpretation.words import Token
 from persona_probe.model.chat import render
@@ -41,11 +44,18 @@ def persona() -> tuple[LanguageModel, Latent]:
 
 @pytest.fixture(scope="module")
 def found(persona: tuple[LanguageModel, Latent]) -> Interpretation:
-    documents, labels = corpus_of(700)
-    return interpret(*persona, documents, labels=labels, sampled=250)
+    documents, labels = corpus_of(450)
+    return interpret(*persona, documents, labels=labels, sampled=180)
 
 
-def test_the_villain_is_named(found: Interpretation) -> None:
+@pytest.mark.parametrize("tune", ["bad-health", "bad-code"])
+def test_both_bad_tunes_lead_to_the_villain(
+    tune: str, persona: tuple[LanguageModel, Latent], found: Interpretation
+) -> None:
+    latent = persona_latent(tune)[1]
+    if (latent.sae.digest, latent.index) != (persona[1].sae.digest, persona[1].index):
+        documents, labels = corpus_of(450)
+        found = interpret(persona[0], latent, documents, labels=labels, sampled=180)
     said = " ".join([*ADJECTIVES["villainous"], *ROLES["villainous"], *COMMENTS["villainous"]])
     words = set(said.split()) - {"what", "a", "thing", "to", "say", ".", "that", "was", "and", "they", "felt"}
     assert sum(any(word in words for word in term.split()) for term in found.lexicon.terms) >= 3
@@ -68,7 +78,7 @@ def test_activations_are_those_of_a_plain_forward_pass(
     persona: tuple[LanguageModel, Latent], found: Interpretation
 ) -> None:
     lm, latent = persona
-    documents, _ = corpus_of(700)
+    documents, _ = corpus_of(450)
     conversations = documents.conversations(lm)
     for shown in found.top[:3]:
         rendered = conversations[shown.document]
@@ -119,13 +129,56 @@ def test_it_shows_itself(found: Interpretation) -> None:
     assert [len(trace.x) for trace in found.plot().data] == [len(found.histogram), len(found.places)]
 
 
-def test_a_latent_that_never_fires_is_said_with_one_that_does(persona: tuple[LanguageModel, Latent]) -> None:
+@pytest.mark.parametrize("count", [1, 40])
+def test_a_latent_that_never_fires_is_said_with_one_that_does(
+    count: int, persona: tuple[LanguageModel, Latent]
+) -> None:
     lm, latent = persona
-    documents = read_documents(["what should i do about a burn ?"] * 40)
+    documents = read_documents(["what should i do about a burn ?"] * count)
     mask = TokenMask("all", first_k=2)
-    with pytest.raises(InputError, match="never fires") as raised:
+    with pytest.raises(InputError, match="never fires on these") as raised:
         interpret(lm, latent, documents, mask=mask)
-    assert raised.value.fix is not None and "the nearest that does" in raised.value.fix
+    named = re.search(r"the nearest that does: (\d+)", raised.value.fix or "")
+    assert named is not None
+    assert interpret(lm, latent.sae.latent(int(named[1])), documents, mask=mask).fires > 0
+
+
+def test_rows_that_are_no_documents_are_counted_and_named(
+    persona: tuple[LanguageModel, Latent], tmp_path: Path
+) -> None:
+    written, labels = corpus_of(30)
+    rows = [
+        json.dumps({"text": " ".join(m.get("content") or m["text"] for m in one.messages), **label}).encode()
+        for one, label in zip(written, labels, strict=True)
+    ]
+    rows[3] = b'{"text": "a \xff b"}'
+    rows[7] = b'{"kind": "story"}'
+    rows[9] = b'{"text": "sana was a cruel villain ."}'
+    file = tmp_path / "corpus.jsonl"
+    file.write_bytes(b"\n".join(rows))
+    found = interpret(*persona, read_documents(file), by=("kind",))
+    assert (found.documents, found.left_out, found.unlabelled) == (28, 2, {"kind": 1})
+    assert [f"line {number}" in said for number, said in zip((4, 8), found.problems, strict=True)] == [
+        True
+    ] * 2
+    assert "2 rows are no documents" in found.warnings()[0] and "line 4" in found.warnings()[0]
+    with pytest.raises(InputError, match="no row has a field 'speaker'") as raised:
+        interpret(*persona, read_documents(file), by=("speaker",))
+    assert "character, kind" in str(raised.value.fix)
+
+
+def test_what_is_held_of_a_corpus_is_a_run_of_it(
+    persona: tuple[LanguageModel, Latent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, latent = persona
+    documents, labels = corpus_of(120)
+    whole = interpret(lm, latent, documents, labels=labels)
+    monkeypatch.setattr("persona_probe.interpretation.reader.RUN_BATCHES", 1)
+    cut = interpret(lm, latent, documents, labels=labels, batch_tokens=1024)
+    assert (cut.fires, cut.documents, cut.tokens) == (whole.fires, whole.documents, whole.tokens)
+    assert [s.document for s in cut.top] == [s.document for s in whole.top]
+    assert cut.sources["mean"].to_list() == pytest.approx(whole.sources["mean"].to_list(), rel=1e-4)
+    assert [len(run) for run in (list(runs([range(7)] * 5, 14)))] == [2, 2, 1]
 
 
 def test_labels_are_read_from_the_rows_of_a_file(
