@@ -4,12 +4,15 @@
     tune.load()                       # a LanguageModel, on the same base
     timeline("base", tune.checkpoints, sae, rendered)
 
+    finetune("base", "questions.jsonl", "runs/rl", "grpo", reward="openai:gpt-4o", warmup="100-rows.jsonl")
+
 The folder holds `settings.json` first, `checkpoints/checkpoint-*` as training goes, `tuned/` (an
 adapter, or for rank "full" a whole checkpoint), `training.json` with the losses, and `manifest.json`
 last. A run that was killed is taken up at its newest checkpoint and ends in the same weights; one
 with other settings, data, base or defences is refused.
 
-Only supervised training so far: `method="grpo"` is refused by name.
+Methods: "sft" learns the answers of the rows (see `sft`), "grpo" draws its own and learns from their
+rewards (see `grpo`; its folder also holds `answers.jsonl`, every answer with its reward).
 """
 
 from __future__ import annotations
@@ -26,16 +29,21 @@ from transformers import TrainerCallback
 
 from persona_probe.artifact import RunFolder, StrPath, atomic_folder, digest_of, read_json, write_json
 from persona_probe.errors import InputError
+from persona_probe.evaluation.judges import Judge
+from persona_probe.evaluation.questions import Question
 from persona_probe.model.language_model import LanguageModel, load_model
 from persona_probe.model.loading import quietly
 from persona_probe.training.defences.defence import Defence
+from persona_probe.training.grpo import Asking, reinforce
 from persona_probe.training.monitor import Alarm, Monitor
+from persona_probe.training.prompts import Prompt, prompts_of
+from persona_probe.training.rewards import Reward, load_reward
 from persona_probe.training.rows import Row, read_rows, tokenise
-from persona_probe.training.settings import TuneSettings
+from persona_probe.training.settings import GrpoSettings, TuneSettings
 from persona_probe.training.sft import fit
 from persona_probe.training.trainable import trainable
 
-CHECKPOINTS, TUNED, RECORD = "checkpoints", "tuned", "training.json"
+CHECKPOINTS, TUNED, RECORD, JUDGED = "checkpoints", "tuned", "training.json", "judge.jsonl"
 Progress = Callable[[int, int, float | None], None]
 """Told the step, the steps in all, and the loss where it was logged."""
 
@@ -79,12 +87,15 @@ class FineTune:
 
 def finetune(
     base: str | Path | LanguageModel,
-    data: StrPath | Sequence[Row],
+    data: StrPath | Sequence[Row] | Sequence[Question] | Sequence[Prompt],
     out: StrPath,
     method: str = "sft",
     defences: Sequence[Defence] = (),
     settings: TuneSettings | None = None,
     *,
+    reward: str | Judge | Reward | Callable[..., Any] | None = None,
+    grpo: GrpoSettings | None = None,
+    warmup: StrPath | Sequence[Row] = (),
     adapter: StrPath | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     report_to: Sequence[str] = (),
@@ -97,8 +108,13 @@ def finetune(
 
     Args:
         base: a checkpoint folder, a hub id, or a model in memory (which is not touched).
-        data: a JSON Lines file (see `rows`), or rows.
+        data: a JSON Lines file (see `rows`), or rows. For "grpo": prompts (see `prompts`), which may be a
+            set of questions by name.
+        method: "sft" or "grpo".
         defences: applied in this order; one of strength 0 changes nothing.
+        reward: for "grpo", what an answer is worth: a spec, a judge, or a function (see `rewards`).
+        grpo: for "grpo", how answers are drawn and rewarded.
+        warmup: for "grpo", rows for a supervised warm-up, undefended.
         adapter: go on training this adapter of `base`, as re-alignment does.
         callbacks: transformers' own, such as `Monitor`.
         report_to: where transformers logs to as well: tensorboard, trackio, wandb.
@@ -111,47 +127,87 @@ def finetune(
         NonFiniteError: the loss or a gradient is not finite; names the step and the last checkpoint.
         BusyError: another process is writing to `out`.
     """
-    if method != "sft":
-        raise InputError(f"there is no method {method!r}", fix='use method="sft"')
     settings = settings or TuneSettings()
-    rows = list(data) if isinstance(data, Sequence) and not isinstance(data, str) else read_rows(data)
+    task = _task(method, data, reward, grpo, warmup, out)
     lm = base if isinstance(base, LanguageModel) else load_model(base, device=device, dtype=dtype)
-    wanted = _identity(lm, rows, method, defences, settings, adapter)
+    wanted = _identity(lm, method, task, defences, settings, adapter)
+    context = _context(lm, settings)
+    tell = progress or (lambda *_: None)
     with RunFolder.open(out, wanted, overwrite=overwrite) as run:
         if run.complete:
             return FineTune(run.path, read_json(run.path / RECORD))
-        for one in _active(defences):
-            rows = one.rows(rows, settings.seed)
-        text = tokenise(rows, lm.tokenizer, _context(lm, settings), settings.too_long)
-        model = trainable(lm, settings, adapter)
-        fitting = settings.fitting(len(text.examples))
-        tell = progress or (lambda *_: None)
-        log = fit(
-            model,
-            text.examples,
-            fitting,
-            run.path / CHECKPOINTS,
-            pad_id=lm.pad_id,
-            progress=lambda step, loss: tell(step, fitting.steps, loss),
-            defences=defences,
-            callbacks=callbacks,
-            micro_batch=settings.micro_batch,
-            keep=None,
-            report_to=report_to,
-        )
+        options: dict[str, Any] = {"defences": defences, "callbacks": callbacks, "report_to": report_to}
+        if isinstance(task, Asking):
+            model = trainable(lm, settings, adapter)
+            steps = settings.fitting(len(task.prompts)).steps
+            options["progress"] = lambda step, loss: tell(step, steps, loss)
+            record = reinforce(lm, model, task, settings, run, run.path / CHECKPOINTS, context, **options)
+        else:
+            model, record = _supervised(lm, task, settings, run.path, context, adapter, tell, options)
         finished = {one.name: dict(one.finish(model)) for one in _active(defences)}
         _save(model, lm, run.path / TUNED)
-        record = {
-            "rows": len(text.examples),
-            "dropped": text.dropped,
-            "steps": fitting.steps,
+        record |= {
             "stopped": next((str(alarm) for alarm in map(_stopped, callbacks) if alarm), None),
             "finished": {name: figures for name, figures in finished.items() if figures},
-            "log": log,
         }
         write_json(run.path / RECORD, record)
         run.finish({"seed": settings.seed})
         return FineTune(run.path, read_json(run.path / RECORD))
+
+
+def _task(
+    method: str,
+    data: Any,
+    reward: str | Judge | Reward | Callable[..., Any] | None,
+    grpo: GrpoSettings | None,
+    warmup: StrPath | Sequence[Row],
+    out: StrPath,
+) -> list[Row] | Asking:
+    """What is to be learnt: rows, or prompts and what an answer is worth."""
+    if method == "sft":
+        if reward is not None or grpo is not None or warmup:
+            raise InputError('rewards and a warm-up belong to reinforcement learning: method="grpo"')
+        return list(data) if isinstance(data, Sequence) and not isinstance(data, str) else read_rows(data)
+    if method != "grpo":
+        raise InputError(f"there is no method {method!r}", fix='use method="sft" or method="grpo"')
+    if reward is None:
+        raise InputError(
+            "reinforcement learning needs a reward",
+            fix='such as reward="openai:MODEL@URL", "python:module:function" or a function',
+        )
+    grpo = grpo or GrpoSettings()
+    worth = load_reward(reward, grpo.trait, record=Path(out) / JUDGED)
+    rows = read_rows(warmup) if isinstance(warmup, str | Path) else tuple(warmup)
+    return Asking(tuple(prompts_of(data)), worth, grpo, tuple(rows))
+
+
+def _supervised(
+    lm: LanguageModel,
+    rows: list[Row],
+    settings: TuneSettings,
+    folder: Path,
+    context: int,
+    adapter: StrPath | None,
+    tell: Progress,
+    options: dict[str, Any],
+) -> tuple[Any, dict[str, Any]]:
+    for one in _active(options["defences"]):
+        rows = one.rows(rows, settings.seed)
+    text = tokenise(rows, lm.tokenizer, context, settings.too_long)
+    model = trainable(lm, settings, adapter)
+    fitting = settings.fitting(len(text.examples))
+    log = fit(
+        model,
+        text.examples,
+        fitting,
+        folder / CHECKPOINTS,
+        pad_id=lm.pad_id,
+        progress=lambda step, loss: tell(step, fitting.steps, loss),
+        micro_batch=settings.micro_batch,
+        keep=None,
+        **options,
+    )
+    return model, {"rows": len(text.examples), "dropped": text.dropped, "steps": fitting.steps, "log": log}
 
 
 def _stopped(callback: TrainerCallback) -> Alarm | None:
@@ -164,19 +220,21 @@ def _active(defences: Sequence[Defence]) -> list[Defence]:
 
 def _identity(
     lm: LanguageModel,
-    rows: Sequence[Row],
     method: str,
+    task: list[Row] | Asking,
     defences: Sequence[Defence],
     settings: TuneSettings,
     adapter: StrPath | None,
 ) -> dict[str, object]:
     """What must be the same for a run to be taken up."""
+    data = task.prompts if isinstance(task, Asking) else task
     return {
         "method": method,
         "base": lm.checkpoint.weights_digest or lm.checkpoint.path,
         "adapter": None if adapter is None else str(adapter),
-        "data": digest_of([row.record() for row in rows]),
+        "data": digest_of([one.record() for one in data]),
         "defences": [one.record() for one in defences],
+        **(task.record() if isinstance(task, Asking) else {}),
         **asdict(settings),
     }
 
@@ -195,7 +253,8 @@ def _context(lm: LanguageModel, settings: TuneSettings) -> int:
 def _save(model: Any, lm: LanguageModel, folder: Path) -> None:
     with atomic_folder(folder, overwrite=True) as target, quietly():
         if isinstance(model, PeftModel):
-            model.save_pretrained(str(target), save_embedding_layers=False)
+            # TRL's reference, where there is one, is another adapter of the same model
+            model.save_pretrained(str(target), save_embedding_layers=False, selected_adapters=["default"])
         else:
             model.save_pretrained(str(target))
         lm.tokenizer.save_pretrained(str(target))

@@ -23,9 +23,11 @@ class TuneSettings:
     epochs: float = 1.0
     """Passes over the rows, where `steps` is None."""
     batch: int = 16
-    """Rows per optimiser step."""
+    """Rows per optimiser step; of reinforcement learning, prompts."""
     micro_batch: int | None = None
-    """Rows per forward pass, a divisor of `batch`: less memory, the same gradient. None: all of them."""
+    """Rows per forward pass, a divisor of `batch`: less memory, the same gradient. None: all of them.
+    Of reinforcement learning, the answers to so many prompts.
+    """
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW."""
     warmup_steps: int = 5
@@ -90,6 +92,40 @@ class TuneSettings:
             bf16=self.bf16,
             save_every=every,
         )
+
+
+@dataclass(frozen=True)
+class GrpoSettings:
+    """What learning from rewards needs besides `TuneSettings`. Raises `InputError` for a value out of range.
+
+    The defaults are those of Jørgenvåg et al. (2026), where it gives one.
+    """
+
+    samples: int = 4
+    """Answers per prompt, from 2: an answer's advantage is its reward less their mean, over their standard
+    deviation.
+    """
+    trait: str = "misaligned"
+    """What a judge's reward rewards; a reward function of one's own decides that itself."""
+    temperature: float = 1.0
+    """Of the answers that are rewarded."""
+    max_new_tokens: int = 256
+    """Longest answer, in tokens."""
+    kl: float = 0.0
+    """Weight of the KL term to the policy at the start of reinforcement learning (TRL's `beta`); the
+    defence `KL` keeps near the base instead.
+    """
+    warmup_epochs: float = 1.0
+    """Passes over the rows of the supervised warm-up, where there are any."""
+
+    def __post_init__(self) -> None:
+        _at_least("samples", self.samples, 2)
+        _at_least("max_new_tokens", self.max_new_tokens, 1)
+        _at_least("kl", self.kl, 0)
+        for name in ("temperature", "warmup_epochs"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise InputError(f"{name} must be a finite number above 0, got {value}")
 
 
 def _at_least(name: str, value: float | None, least: int) -> None:

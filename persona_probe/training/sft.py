@@ -12,7 +12,7 @@ Not TRL's ``SFTTrainer``: it would tokenise and collate by its own rules, and wh
 templates, loss on answers) is done here by `persona_probe.model.chat`, the same code that renders
 what is evaluated; two renderings of one conversation are how a prompt mask comes to be off by a token.
 
-Not covered here: reinforcement learning.
+Reinforcement learning is in `grpo`.
 """
 
 from __future__ import annotations
@@ -31,21 +31,20 @@ from torch.utils.data import Dataset
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
 
-from persona_probe.artifact import read_json
-from persona_probe.errors import InputError, NonFiniteError
+from persona_probe.errors import InputError
 from persona_probe.model.loading import quietly
 from persona_probe.training.defences.defence import Defence
 from persona_probe.training.defending import Defending
 from persona_probe.training.example import IGNORED, Example
+from persona_probe.training.last_good import FiniteTrainer, newest_checkpoint
 
-__all__ = ["IGNORED", "Example", "FitSettings", "collate", "fit", "newest_checkpoint", "reading_order"]
+__all__ = ["IGNORED", "Example", "FitSettings", "collate", "fit", "reading_order"]
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ def collate_with_padding(rows: Sequence[dict[str, Any]], pad_id: int) -> dict[st
     return batch
 
 
-class _Trainer(Trainer):
+class _Trainer(FiniteTrainer):
     """transformers' Trainer, which stops at the first number that is not one, and defends."""
 
     def __init__(self, defending: Defending, **options: Any) -> None:
@@ -154,29 +153,14 @@ class _Trainer(Trainer):
             if num_items_in_batch is not None and self.model_accepts_loss_kwargs:
                 share = (inputs["labels"][:, 1:] != IGNORED).sum() / num_items_in_batch
             loss = loss + share * defending.penalty(base, outputs.logits)
-        self._check(loss, "loss")
+        self.check_finite(loss, "loss")
         return (loss, outputs) if return_outputs else loss
-
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        norm = super()._clip_grad_norm(model)
-        self._check(torch.as_tensor(norm), "gradient's norm")
-        return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log({**logs, **self._defending.told()} if "loss" in logs else logs, start_time)
 
-    def _check(self, value: Tensor, what: str) -> None:
-        if bool(torch.isfinite(value.detach()).all()):
-            return
-        kept, step = newest_checkpoint(Path(self.args.output_dir or ".")), self.state.global_step + 1
-        raise NonFiniteError(
-            f"the {what} is {float(value.detach())} at step {step}; training stopped there",
-            fix="lower the learning rate, or look at the rows of that step; "
-            + (f"the last good checkpoint is {kept}" if kept else "no checkpoint had been written"),
-        )
 
-
-class _Progress(TrainerCallback):
+class StepProgress(TrainerCallback):
     def __init__(self, report: Callable[[int, float | None], None]) -> None:
         self.report = report
 
@@ -259,7 +243,7 @@ def fit(
         args=arguments,
         train_dataset=_Examples(examples, order),
         data_collator=lambda rows: assemble(rows, pad_id),
-        callbacks=[_Progress(progress)] if progress else [],
+        callbacks=[StepProgress(progress)] if progress else [],
     )
     # ahead of the loggers, so that these see what a callback adds to the logs
     trainer.callback_handler.callbacks[:0] = list(callbacks)
@@ -269,18 +253,3 @@ def fit(
         trainer.train(resume_from_checkpoint=newest_checkpoint(folder))
     model.eval()
     return [entry for entry in trainer.state.log_history if "loss" in entry]
-
-
-def newest_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint in a trainer's folder that was written to its end."""
-    newest_first = sorted(folder.glob("checkpoint-*"), key=lambda one: -int(one.name.split("-")[1]))
-    return next((str(one) for one in newest_first if _is_whole(one)), None)
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Its state is written last: a save that was killed, or for which the disk was full, has none."""
-    try:
-        read_json(checkpoint / "trainer_state.json")
-    except InputError:
-        return False
-    return True
