@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from persona_probe.errors import InputError, NonFiniteError
+from persona_probe.hooks.alike import Alike
 from persona_probe.model.chat import pad
 
 KEEP_ABOVE = 0.75
@@ -51,12 +52,14 @@ def continue_prompts(
     stop_ids: Sequence[int],
     pad_id: int,
     regrouped: Callable[[Int[Tensor, " row"]], object],
+    unedited: int = 0,
 ) -> list[Continuation]:
     """Continue `prompts` (token ids) by `len(prompt_of_row)` rows; row r continues
     `prompts[prompt_of_row[r]]`.
 
     Prompts are padded on the left, with mask and position ids. `regrouped(rows)` is called whenever
-    the batch changes: its row i is then what was row `rows[i]` (the prompts are the first batch).
+    the batch changes: its row i is then what was row `rows[i]` (the prompts are the first batch). In
+    the first `unedited` blocks rows of equal prompts are alike, and read once (see `hooks.alike`).
 
     Raises `NonFiniteError` when the model's logits are NaN or infinite, `InputError` for an empty
     prompt or a model whose cache cannot select rows.
@@ -65,16 +68,19 @@ def continue_prompts(
     device = embedding.weight.device
     ids, mask, positions = pad(prompts, pad_id).to(device)
     keep_last: dict[str, int] = {"logits_to_keep": 1} if _keeps_logits(hf_model) else {}
-    output: Any = hf_model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions,
-        use_cache=True,
-        **keep_last,
-    )
+    alike = Alike(tuple(prompt) for prompt in prompts)
+    with alike.sharing(hf_model, unedited) as shared:
+        output: Any = hf_model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=True,
+            **keep_last,
+        )
     cache = output.past_key_values
     if not hasattr(cache, "batch_select_indices"):
         raise InputError(f"{type(hf_model).__name__} keeps no cache of keys and values by row")
+    alike.repeat(cache, shared)
     logits, length = output.logits[:, -1], ids.shape[1]
     n_rows = len(prompt_of_row)
     prompt = torch.tensor(prompt_of_row, device=device)

@@ -28,6 +28,7 @@ from persona_probe.evaluation.decoding import continue_prompts
 from persona_probe.evaluation.drawing import draw, uniforms
 from persona_probe.evaluation.questions import Question
 from persona_probe.evaluation.settings import Sampling, applied, template_variables
+from persona_probe.hooks.alike import blocks_before
 from persona_probe.model.chat import Message, Rendered, render
 from persona_probe.model.language_model import LanguageModel
 from persona_probe.steering.plan import PlannedEdit, Steering, SteeringPlan
@@ -137,6 +138,7 @@ def _written(
             stop_ids=lm.eos_ids,
             pad_id=lm.pad_id,
             regrouped=regrouped,
+            unedited=blocks_before(edit.site for unit in batch for edit in unit.fix),
         )
     thinking = [opens_thought(lm.tokenizer, unit.ids) for unit in batch]
     answers: dict[int, Answer] = {}
