@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from persona_probe.activations.masks import TokenMask
@@ -140,6 +140,10 @@ class ActivationStore:
             check_shard(file, listed)
             self._checked.add(listed.name)
         return read_shard(file)
+
+    def kept(self, number: int) -> Int[Tensor, " conversation"]:
+        """Tokens that one shard holds of each of its conversations; reads nothing else, compares nothing."""
+        return read_shard(self.path / self.shards[number].name).kept
 
     def chunks(self) -> Iterator[Chunk]:
         """Shard after shard as `stream` yields batches, in fp32; so conversations come in their order."""

@@ -27,6 +27,9 @@ def capture(
     model: Annotated[Path | None, typer.Option(help="Checkpoint or adapter folder.")] = None,
     base: Annotated[Path | None, typer.Option(help="Base checkpoint folder, with --tuned.")] = None,
     tuned: Annotated[Path | None, typer.Option(help="Fine-tuned checkpoint or adapter folder.")] = None,
+    benign: Annotated[
+        list[Path] | None, typer.Option(help="A harmless fine-tune of the same base, beside --tuned.")
+    ] = None,
     out_dir: Annotated[Path, typer.Option("--out", help="Where the store goes.")] = Path("out/activations"),
     mask: Annotated[Mask, typer.Option(help="Which tokens count.")] = "all",
     first_k: Annotated[int | None, typer.Option(help="Of those, only so many from the front.")] = None,
@@ -49,6 +52,8 @@ def capture(
     """
     if (model is None) == (base is None and tuned is None) or (base is None) != (tuned is None):
         raise InputError("give --model, or --base and --tuned")
+    if benign and base is None:
+        raise InputError("--benign goes with --base and --tuned")
     from persona_probe.activations.capture_plan import plan_capture
     from persona_probe.activations.capturing import run_capture
     from persona_probe.activations.documents import read_documents
@@ -60,8 +65,10 @@ def capture(
     options: dict[str, Any] = {"device": device or "auto", "dtype": dtype}
     with err.status("loading"):
         if base is not None and tuned is not None:
-            models: Any = load_pair(base, tuned, **options)
-            first = models.base
+            pair = load_pair(base, tuned, **options)
+            first = pair.base
+            harmless = (load_pair(first, path, **options).tuned for path in benign or ())
+            models: Any = (first, pair.tuned, *harmless)
         else:
             models = first = load_model(model or "", **options)
     with err.status("counting tokens"):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from persona_probe.cli.console import err, out, show_error, show_json
+from persona_probe.cli.capture import TooLong
+from persona_probe.cli.console import err, out, show_error, show_json, size
 from persona_probe.cli.reading import engine_of, open_out, progress_bar, read_texts
 from persona_probe.errors import InputError
 
@@ -29,6 +31,9 @@ def diff(
     data: Annotated[
         str | None, typer.Option(help="Documents, read as they are: .jsonl, .parquet, .txt, a folder.")
     ] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="What `capture` stored of a pair, instead of --base and --tuned.")
+    ] = None,
     out_dir: Annotated[Path | None, typer.Option("--out", help="Where everything goes.")] = None,
     tune: Annotated[
         str, typer.Option(help="Without --base and --tuned: which tune of the shipped organism.")
@@ -39,18 +44,30 @@ def diff(
     top: Annotated[int, typer.Option(help="Rows to show for each site.")] = 10,
     max_new_tokens: Annotated[int, typer.Option(help="Of the base's answers to --questions.")] = 48,
     one_by_one: Annotated[
-        bool, typer.Option("--one-by-one", help="Never hold two models in memory together.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--one-by-one/--together",
+            help="Read models one after the other; by default where they do not fit in memory together.",
+        ),
+    ] = None,
     shard: Annotated[
         str | None, typer.Option(help="i/n: do this share of the work; auto under torchrun or Slurm.")
     ] = None,
     engine: Annotated[str, typer.Option(help="local, or ray.")] = "local",
-    ray_address: Annotated[str | None, typer.Option(help="Of a running Ray cluster; else one here.")] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="host:port of a running Ray cluster, or auto; else one here.")
+    ] = None,
     actors: Annotated[int | None, typer.Option(help="Ray actors, a copy of the models each.")] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Padded tokens per forward pass.")] = None,
+    too_long: Annotated[
+        TooLong, typer.Option(help="What becomes of documents longer than the context.")
+    ] = "truncate",
     limit: Annotated[int | None, typer.Option(help="Only so many questions or documents.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
+    sae_device: Annotated[
+        str | None, typer.Option(help="Where dictionaries encode; by default where the models are.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Throw away the results that --out holds.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Say what would be read, then stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
@@ -58,11 +75,17 @@ def diff(
     """Rank the latents of a dictionary by how far a fine-tune moved them.
 
     Without arguments: the shipped pocket organism, tuned on bad health advice, against its benign
-    tunes. A diff that was stopped goes on where it was; several processes may share one --out.
+    tunes. Models that do not fit in memory together are read one after the other; with --store, none is
+    loaded. A diff that was stopped goes on where it was; several processes may share one --out.
     """
+    if store is not None and (base or tuned or benign or questions or data or mask or limit):
+        raise InputError(
+            "a store has its own models, data and mask",
+            fix="with --store: no --base, --tuned, --benign, --questions, --data, --mask or --limit",
+        )
     if (base is None) != (tuned is None):
         raise InputError("--base and --tuned go together", fix="give both, or neither for the organism")
-    if base is None or tuned is None:
+    if store is None and (base is None or tuned is None):
         if sae or benign or questions or data:
             raise InputError("--sae, --benign, --questions and --data need --base and --tuned")
         from persona_probe.auditing.settings import organism_request
@@ -72,40 +95,50 @@ def diff(
         sae, questions = [str(path) for path in request.sae], str(request.questions)
     if not sae:
         raise InputError("--sae is missing", fix="a dictionary's folder, or release/sae_id of sae-lens")
-    from persona_probe.diffing.job import diff_by_shards
-    from persona_probe.execution import Results, read_share
+    from persona_probe.execution import read_share
     from persona_probe.model.language_model import load_model
     from persona_probe.sae.load import load_sae
 
     share, run = read_share(shard), engine_of(engine, ray_address, actors)
-    harmless = list(benign or ())
     with err.status("loading"):
         dictionaries = [load_sae(path) for path in sae]
-        lm: Any = load_model(base, device=device or "auto", dtype=dtype)
-    texts = read_texts(
-        lm, [tuned, *harmless], questions, data, limit=limit, max_new_tokens=max_new_tokens, mask=mask
-    )
-    if plan:
-        _show_plan(lm, texts, dictionaries, 2 + len(harmless), as_json)
-        return
-    settings: dict[str, object] = {
-        "base": base, "tuned": tuned, "benign": harmless, "sae": [one.digest for one in dictionaries],
-        "questions": questions, "data": data, "mask": texts.mask.kind, "limit": limit,
-        "max_new_tokens": max_new_tokens, "one_by_one": one_by_one, "batch_tokens": batch_tokens,
-        "device": device, "dtype": dtype,
-    }  # fmt: skip
-    folder = open_out(out_dir or Path("out") / f"diff-{tuned.resolve().name}", settings, overwrite)
-    by_path = base if engine != "local" or one_by_one else None
-    results = Results(folder / "shards")
-    with progress_bar(as_json) as told:
-        holder = [lm]
+    how: dict[str, Any] = {"sae_device": sae_device, "share": share, "engine": run}
+    if store is not None:
+        job = _of_store(store, dictionaries, how)
+    else:
+        assert base is not None and tuned is not None
+        with err.status("loading"):
+            lm = load_model(base, device=device or "auto", dtype=dtype)
+        texts = read_texts(
+            lm,
+            [tuned, *(benign or ())],
+            questions,
+            data,
+            limit=limit,
+            max_new_tokens=max_new_tokens,
+            mask=mask,
+            too_long=too_long,
+        )
+        job = _of_pair(
+            [lm], base, tuned, list(benign or ()), dictionaries, texts, how, one_by_one,
+            batch_tokens=batch_tokens, dtype=dtype,
+        )  # fmt: skip
+        job.settings.update(
+            questions=questions,
+            data=data,
+            too_long=too_long,
+            limit=limit,
+            max_new_tokens=max_new_tokens,
+            device=device,
+        )
         del lm
-        found = diff_by_shards(
-            holder.pop(), tuned, dictionaries, texts.rendered, texts.clusters, results, benign=harmless,
-            together=not one_by_one, by_path=by_path, answers=texts.answers,
-            mask=texts.mask, batch_tokens=batch_tokens, dtype=dtype, share=share, engine=run,
-            progress=told,
-        )  # type: ignore[arg-type]  # fmt: skip
+    if plan:
+        _show_plan(job.facts, dictionaries, as_json)
+        return
+    job.settings.update(sae=[one.digest for one in dictionaries], sae_device=sae_device)
+    folder = open_out(out_dir or Path("out") / f"diff-{job.name}", job.settings, overwrite)
+    with progress_bar(as_json) as told:
+        found = job.run(folder, told)
     if found is None:
         out.print(f"share {share} is done; the process that finishes last writes the results", markup=False)
         return
@@ -119,6 +152,93 @@ def diff(
             out.print(f"{folder / site / 'volcano.html'}\n", markup=False, soft_wrap=True)
     for missing in next(iter(found.values())).missing:
         show_error(f"missing: {missing}")
+
+
+class _Job(NamedTuple):
+    """A diff that is ready to run."""
+
+    name: str
+    settings: dict[str, object]
+    """What decides the result: a folder of results holds one of them."""
+    facts: dict[str, Any]
+    """For --plan."""
+    run: Callable[[Path, Any], Any]
+    """With the folder of results, and what is told how far it is."""
+
+
+def _of_store(path: Path, dictionaries: Any, how: dict[str, Any]) -> _Job:
+    import torch
+
+    from persona_probe.activations.store import ActivationStore
+    from persona_probe.diffing.job import store_by_shards
+    from persona_probe.diffing.shards import cut, shard_tokens
+    from persona_probe.diffing.stored import StoredConversations, check_store
+    from persona_probe.execution import Results
+
+    store = ActivationStore.open(path)
+    check_store(store, dictionaries)
+    conversations = StoredConversations(store)
+    facts = {
+        "conversations": len(conversations),
+        "tokens": len(store),
+        "shards": len(cut(conversations, None, shard_tokens(torch.device("cpu")))),
+        "models": len(store.models),
+        "bytes of the store": sum(shard.bytes for shard in store.shards),
+    }
+
+    def run(folder: Path, told: Any) -> Any:
+        return store_by_shards(store, dictionaries, Results(folder / "shards"), progress=told, **how)
+
+    return _Job(path.resolve().name, {"store": store.digest}, facts, run)
+
+
+def _of_pair(
+    holder: list[Any], base: Path, tuned: Path, benign: list[Path], dictionaries: Any, texts: Any,
+    how: dict[str, Any], one_by_one: bool | None, *, batch_tokens: int | None, dtype: str | None,
+) -> _Job:  # fmt: skip
+    """`holder` has the base, and is emptied when it runs: where models are read one after the other, the
+    base is let go.
+    """
+    from persona_probe.diffing.job import diff_by_shards
+    from persona_probe.diffing.room import room_beside, settle
+    from persona_probe.diffing.shards import cut, shard_tokens
+    from persona_probe.execution import Results, run_local
+
+    room = room_beside(holder[0], [tuned, *benign])
+    here = how["engine"] is run_local
+    # how much the machines of a cluster have free is not known here
+    together = not one_by_one if one_by_one is not None else room.together or not here
+    facts = {
+        "conversations": len(texts.rendered),
+        "tokens": sum(map(len, texts.rendered)),
+        "shards": len(cut(texts.rendered, texts.clusters, shard_tokens(holder[0].device, batch_tokens))),
+        "models": 2 + len(benign),
+        "read": "together" if together else "one after the other",
+        "bytes of the base's weights": room.base,
+        "bytes of weights beside it": room.needed,
+        "bytes free": room.free,
+    }
+
+    def run(folder: Path, told: Any) -> Any:
+        beside = settle(folder / "passes.json", together, fixed=one_by_one is not None)
+        if not beside and one_by_one is None:
+            show_error(
+                f"the other models need {size(room.needed)} beside the base, and {size(room.free or 0)} are "
+                "free: they are read one after the other, to the same figures (--together reads them at once)"
+            )
+        # no ** here: it would keep a second reference to the base for as long as the call takes
+        return diff_by_shards(
+            holder.pop(), tuned, dictionaries, texts.rendered, texts.clusters, Results(folder / "shards"),
+            benign=benign, together=beside, by_path=None if here and beside else base, answers=texts.answers,
+            mask=texts.mask, batch_tokens=batch_tokens, dtype=dtype, progress=told,
+            sae_device=how["sae_device"], share=how["share"], engine=how["engine"],
+        )  # fmt: skip
+
+    settings: dict[str, object] = {
+        "base": base, "tuned": tuned, "benign": benign, "mask": texts.mask.kind,
+        "batch_tokens": batch_tokens, "dtype": dtype,
+    }  # fmt: skip
+    return _Job(tuned.resolve().name, settings, facts, run)
 
 
 def show_diff(found: Any, n: int) -> None:
@@ -159,21 +279,19 @@ def show_diff(found: Any, n: int) -> None:
     out.print(table)
 
 
-def _show_plan(lm: Any, texts: Any, dictionaries: Any, n_models: int, as_json: bool) -> None:
-    from persona_probe.diffing.shards import cut, shard_tokens
-
-    weights = sum(p.numel() * p.element_size() for p in lm.hf.parameters())
-    facts = {
-        "conversations": len(texts.rendered),
-        "tokens": sum(map(len, texts.rendered)),
-        "shards": len(cut(texts.rendered, texts.clusters, shard_tokens(lm.device))),
-        "models": n_models,
+def _show_plan(facts: dict[str, Any], dictionaries: Any, as_json: bool) -> None:
+    facts |= {
         "sites": [one.site for one in dictionaries],
-        "bytes of the base's weights": weights,
         "bytes of the dictionaries": sum(8 * one.d_sae * one.d_model for one in dictionaries),
     }
     if as_json:
         show_json(facts)
         return
     for name, value in facts.items():
-        out.print(f"{name}: {', '.join(value) if isinstance(value, list) else f'{value:,}'}", markup=False)
+        if isinstance(value, list):
+            shown = ", ".join(value)
+        elif name.startswith("bytes"):
+            shown = "unknown" if value is None else size(value)
+        else:
+            shown = f"{value:,}" if isinstance(value, int) else value
+        out.print(f"{name}: {shown}", markup=False)

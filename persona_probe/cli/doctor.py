@@ -16,6 +16,7 @@ from rich.table import Table
 from persona_probe.artifact import shipped, versions
 from persona_probe.cli.console import out, show_json, size
 from persona_probe.errors import MissingPathError
+from persona_probe.execution.memory import free_memory
 
 DISTRIBUTION = "persona-probe"
 _MIN_FREE = 2 * 1024**3
@@ -86,22 +87,6 @@ def requirements() -> dict[str, list[str]]:
         if name:
             grouped.setdefault(extra[1] if extra else "", []).append(name[0])
     return grouped
-
-
-def free_memory() -> int | None:
-    """Bytes that a new process can take: what the system has left, within a container's limit."""
-    try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return None
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-    except (OSError, ValueError):  # no such file, or "max": no limit
-        return free
-    return min(free, max(limit - used, 0))
 
 
 def _installed(name: str) -> bool:

@@ -40,6 +40,7 @@ def read_texts(
     limit: int | None,
     max_new_tokens: int,
     mask: str | None,
+    too_long: Any = "truncate",
 ) -> Texts:
     """Questions with the base's own greedy answers, or documents as they are.
 
@@ -57,7 +58,7 @@ def read_texts(
         from persona_probe.cli.capture import warn_of
 
         documents = read_documents(data, limit=limit)
-        conversations = documents.conversations(lm)
+        conversations = documents.conversations(lm, too_long=too_long)
         warn_of(conversations.reading)
         check_tokenizers(lm, others, [row.messages for row in documents if isinstance(row, Document)])
         return Texts(conversations, None, "data", mask_of(mask or "all"))

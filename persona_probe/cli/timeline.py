@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from persona_probe.cli.capture import TooLong
 from persona_probe.cli.console import err, out, show_error, show_json
 from persona_probe.cli.reading import engine_of, open_out, progress_bar, read_texts
 from persona_probe.errors import InputError
@@ -47,9 +48,14 @@ def timeline(
         str | None, typer.Option(help="i/n: do this share of the work; auto under torchrun or Slurm.")
     ] = None,
     engine: Annotated[str, typer.Option(help="local, or ray.")] = "local",
-    ray_address: Annotated[str | None, typer.Option(help="Of a running Ray cluster; else one here.")] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="host:port of a running Ray cluster, or auto; else one here.")
+    ] = None,
     actors: Annotated[int | None, typer.Option(help="Ray actors, a copy of the model each.")] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Padded tokens per forward pass.")] = None,
+    too_long: Annotated[
+        TooLong, typer.Option(help="What becomes of documents longer than the context.")
+    ] = "truncate",
     limit: Annotated[int | None, typer.Option(help="Only so many questions or documents.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
@@ -104,11 +110,12 @@ def timeline(
         limit=limit,
         max_new_tokens=max_new_tokens,
         mask=mask,
+        too_long=too_long,
     )
     del lm
     settings: dict[str, object] = {
         "base": base, "benign": harmless, "sae": [one.digest for one in dictionaries], "with": fix,
-        "questions": questions, "data": data, "mask": texts.mask.kind, "limit": limit,
+        "questions": questions, "data": data, "too_long": too_long, "mask": texts.mask.kind, "limit": limit,
         "max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens, "device": device, "dtype": dtype,
     }  # fmt: skip
     folder = open_out(out_dir or Path("out") / f"timeline-{name}", settings, overwrite)

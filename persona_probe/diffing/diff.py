@@ -12,14 +12,19 @@ Departures: an interval from questions, and benign fine-tunes as the null. Witho
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
+import torch
+
+from persona_probe.activations.capture_plan import Data
+from persona_probe.activations.documents import conversations_of
 from persona_probe.activations.masks import TokenMask
+from persona_probe.activations.store import ActivationStore
 from persona_probe.diffing.latent_diff import LatentDiff, Missing
-from persona_probe.diffing.shards import ShardSums, cut, named, read_shard, shard_tokens
+from persona_probe.diffing.shards import Shard, ShardSums, cut, named, read_shard, shard_tokens
+from persona_probe.diffing.stored import StoredConversations, StoreOpening, check_store, names_of
 from persona_probe.diffing.tally import Tally
 from persona_probe.errors import InputError, NonFiniteError
-from persona_probe.model.chat import Rendered
 from persona_probe.model.language_model import LanguageModel
 from persona_probe.model.pair import ModelPair
 from persona_probe.sae.load import Dictionary, check_fits
@@ -30,9 +35,9 @@ Answers = Literal["base", "tuned", "both", "none"]
 
 @overload
 def diff(
-    pair: ModelPair,
+    models: ModelPair | ActivationStore,
     dictionary: Dictionary,
-    rendered: Sequence[Rendered],
+    data: Data | None = None,
     clusters: Sequence[str] | None = None,
     *,
     benign: Sequence[LanguageModel] = (),
@@ -41,15 +46,16 @@ def diff(
     confidence: float = 0.95,
     limits: Limits | None = None,
     batch_tokens: int | None = None,
+    sae_device: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LatentDiff: ...
 
 
 @overload
 def diff(
-    pair: ModelPair,
+    models: ModelPair | ActivationStore,
     dictionary: Sequence[Dictionary],
-    rendered: Sequence[Rendered],
+    data: Data | None = None,
     clusters: Sequence[str] | None = None,
     *,
     benign: Sequence[LanguageModel] = (),
@@ -58,14 +64,15 @@ def diff(
     confidence: float = 0.95,
     limits: Limits | None = None,
     batch_tokens: int | None = None,
+    sae_device: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, LatentDiff]: ...
 
 
 def diff(
-    pair: ModelPair,
+    models: ModelPair | ActivationStore,
     dictionary: Dictionary | Sequence[Dictionary],
-    rendered: Sequence[Rendered],
+    data: Data | None = None,
     clusters: Sequence[str] | None = None,
     *,
     benign: Sequence[LanguageModel] = (),
@@ -74,50 +81,131 @@ def diff(
     confidence: float = 0.95,
     limits: Limits | None = None,
     batch_tokens: int | None = None,
+    sae_device: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LatentDiff | dict[str, LatentDiff]:
-    """Compare the latents of `pair` (and of `benign` fine-tunes of the same base) on `rendered`
-    conversations.
+    """Compare the latents of a pair (and of `benign` fine-tunes of the same base) on conversations.
 
     Args:
+        models: a pair, which reads `data`; or a store of a pair's activations, which were read before.
         dictionary: one, or several of different sites: all are read in one pass, and a dict by site
             is returned.
-        rendered: prompts with answers; every model reads these ids.
+        data: prompts with answers; every model reads the base's token ids. Already rendered, or
+            documents (`read_documents`), texts or chats.
         clusters: the question each conversation belongs to (each its own, by default): the sampling
             unit.
-        benign: two or more make q-values; one gives a difference in differences without.
+        benign: two or more make q-values; one gives a difference in differences without. A store has
+            its own: every model but the first two.
         answers: whose answers these are. Recorded; sets with different answers may rank
             differently.
-        mask: which tokens count; by default the last prompt token and the answer.
+        mask: which tokens count; by default the last prompt token and the answer. A store has its own.
         confidence: of `low` and `high`.
         limits: where the dictionary's gate closes.
         batch_tokens: padded tokens per forward pass; by default what suits the device.
+        sae_device: where dictionaries encode; by default where the base is.
         progress: called with the conversations read and to read.
 
     Raises:
-        MismatchError: models, dictionary and conversations that do not belong together.
+        MismatchError: models (or a store), dictionary and conversations that do not belong together.
         UnknownSiteError: a dictionary's site is not in the models.
         InputError: nothing to read, or two dictionaries of one site.
         NonFiniteError: a NaN or infinity in an activation.
     """
     dictionaries = [dictionary] if isinstance(dictionary, Dictionary) else list(dictionary)
-    models = (pair.base, pair.tuned, *benign)
-    _check(pair, dictionaries, benign)
-    mask = mask or TokenMask("answer")
-    on_device = {one.site: one.to(pair.base.device) for one in dictionaries}
-    found = Differences(dictionaries, models, answers, mask, confidence, limits)
-    read = 0
-    for shard in cut(rendered, clusters, shard_tokens(pair.base.device, batch_tokens)):
-        texts = shard.conversations(rendered)
-        try:
-            found.add(read_shard(models, on_device, texts, shard, mask, batch_tokens=batch_tokens))
-        except NonFiniteError as error:
-            raise named(error, shard.names(rendered)) from error
-        read += len(texts)
+    check_sites(dictionaries)
+    if isinstance(models, ActivationStore):
+        if data is not None or benign or mask not in (None, models.mask):
+            raise InputError(
+                f"{models.path} was captured with its own data, benign tunes and mask ({models.mask.kind})",
+                fix="give the store and the dictionary alone, or capture it anew",
+            )
+        job = _of_store(models, dictionaries, clusters, sae_device)
+        found = Differences(
+            dictionaries, job.names, "data", job.mask, confidence, limits, sinks=models.counts.sinks
+        )
+    else:
+        if data is None:
+            raise InputError("no conversations to read", fix="diff(pair, dictionary, conversations)")
+        job = _of_pair(models, dictionaries, data, clusters, benign, mask, batch_tokens, sae_device)
+        found = Differences(dictionaries, job.names, answers, job.mask, confidence, limits)
+    read, total = 0, sum(len(shard.clusters) for shard in job.shards)
+    for shard in job.shards:
+        found.add(job.read(shard))
+        read += len(shard.clusters)
         if progress is not None:
-            progress(read, len(rendered))
+            progress(read, total)
     every = found.results()
     return every[dictionary.site] if isinstance(dictionary, Dictionary) else every
+
+
+class _Job(NamedTuple):
+    """What is read, shard by shard."""
+
+    names: tuple[str, ...]
+    mask: TokenMask
+    shards: Sequence[Shard]
+    read: Callable[[Shard], ShardSums]
+
+
+def _of_pair(
+    pair: ModelPair,
+    dictionaries: Sequence[Dictionary],
+    data: Data,
+    clusters: Sequence[str] | None,
+    benign: Sequence[LanguageModel],
+    mask: TokenMask | None,
+    batch_tokens: int | None,
+    sae_device: str | None,
+) -> _Job:
+    models = (pair.base, pair.tuned, *benign)
+    for model in benign:
+        ModelPair(pair.base, model)
+    for one in dictionaries:
+        check_fits(one, pair.base)  # it was trained on the base; the others have other weights
+    rendered = conversations_of(pair.base, data)
+    placed = {one.site: one.to(sae_device or pair.base.device) for one in dictionaries}
+    mask = mask or TokenMask("answer")
+
+    def read(shard: Shard) -> ShardSums:
+        texts = shard.conversations(rendered)
+        try:
+            return read_shard(models, placed, texts, shard, mask, batch_tokens=batch_tokens)
+        except NonFiniteError as error:
+            raise named(error, shard.names(rendered)) from error
+
+    shards = cut(rendered, clusters, shard_tokens(pair.base.device, batch_tokens))
+    return _Job(tuple(model.name for model in models), mask, shards, read)
+
+
+def _of_store(
+    store: ActivationStore,
+    dictionaries: Sequence[Dictionary],
+    clusters: Sequence[str] | None,
+    sae_device: str | None,
+) -> _Job:
+    check_store(store, dictionaries)
+    conversations = StoredConversations(store)
+    opening = StoreOpening(store.path, {one.site: one.to(sae_device or "cpu") for one in dictionaries})
+
+    def read(shard: Shard) -> ShardSums:
+        return opening.read(store, shard.clusters, shard.conversations(conversations))
+
+    shards = cut(conversations, clusters, shard_tokens(torch.device("cpu")))
+    return _Job(names_of(store), store.mask, shards, read)
+
+
+def check_sites(dictionaries: Sequence[Dictionary]) -> None:
+    """Raise `InputError` unless there are dictionaries, each of a site of its own."""
+    if not dictionaries:
+        raise InputError("no dictionary given", fix="without one, use mean_difference")
+    seen: dict[str, str] = {}
+    for one in dictionaries:
+        if one.site in seen:
+            raise InputError(
+                f"two dictionaries read {one.site}: {seen[one.site]} and {one.path}",
+                fix="compare them in two calls",
+            )
+        seen[one.site] = one.path
 
 
 class Differences:
@@ -126,20 +214,23 @@ class Differences:
     def __init__(
         self,
         dictionaries: Sequence[Dictionary],
-        models: Sequence[LanguageModel] | Sequence[str],
+        models: Sequence[str],
         answers: str,
         mask: TokenMask,
         confidence: float = 0.95,
         limits: Limits | None = None,
+        *,
+        sinks: int = 0,
     ) -> None:
+        """`sinks` are those that were left out before anything is added."""
         self._dictionaries = dictionaries
-        self._models = tuple(one if isinstance(one, str) else one.name for one in models)
+        self._models = tuple(models)
         self._answers = answers
         self._mask = mask
         self._confidence = confidence
         self._limits = limits
         self._tallies = {one.site: Tally(len(models), one) for one in dictionaries}
-        self._sinks = 0
+        self._sinks = sinks
 
     def add(self, *groups: ShardSums) -> None:
         """Take in one shard: of all models together, or of groups that were read one after another."""
@@ -174,19 +265,3 @@ class Differences:
             sinks=self._sinks,
             missing=tuple(missing),
         )
-
-
-def _check(pair: ModelPair, dictionaries: Sequence[Dictionary], benign: Sequence[LanguageModel]) -> None:
-    if not dictionaries:
-        raise InputError("no dictionary given", fix="without one, use mean_difference")
-    for model in benign:
-        ModelPair(pair.base, model)
-    seen: dict[str, str] = {}
-    for one in dictionaries:
-        if one.site in seen:
-            raise InputError(
-                f"two dictionaries read {one.site}: {seen[one.site]} and {one.path}",
-                fix="compare them in two calls",
-            )
-        seen[one.site] = one.path
-        check_fits(one, pair.base)  # it was trained on the base; the others have other weights

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from persona_probe.activations.masks import TokenMask
-from persona_probe.diffing.diff import Differences
+from persona_probe.activations.store import ActivationStore
+from persona_probe.diffing.diff import Differences, check_sites
 from persona_probe.diffing.latent_diff import LatentDiff
-from persona_probe.diffing.passes import Engine, Reading, Source, name_of, pass_of
-from persona_probe.errors import InputError
+from persona_probe.diffing.passes import Engine, Reading, Source, name_of, pass_of, pass_of_store
+from persona_probe.diffing.stored import StoredConversations, check_store
 from persona_probe.execution import Results, Share, run_local
 from persona_probe.model.chat import Rendered
 from persona_probe.model.language_model import LanguageModel
@@ -38,6 +39,7 @@ def diff_by_shards(
     limits: Limits | None = None,
     batch_tokens: int | None = None,
     dtype: str | None = None,
+    sae_device: str | None = None,
     share: Share | None = None,
     engine: Engine = run_local,
     progress: Callable[[str, int, int], None] | None = None,
@@ -49,30 +51,71 @@ def diff_by_shards(
         together: read all models in one pass; else each in one of its own.
         by_path: the base's folder, where passes load it themselves (other processes, or one after
             another).
+        sae_device: where dictionaries encode; by default where the models are.
         share, engine: see `persona_probe.execution`.
         progress: told what is read, and the conversations read and to read.
 
     The other arguments, and what it raises, are those of `diff`; a document that cannot be read
     fails its shard, which `missing` of the result names.
     """
+    check_sites(dictionaries)
     for one in dictionaries:
         check_fits(one, base)
     sites = {one.site: one for one in dictionaries}
-    if len(sites) < len(dictionaries) or not sites:
-        raise InputError("give one dictionary for each site", fix="compare two of one site in two calls")
     mask = mask or TokenMask("answer")
     root: Source = by_path or base
     models: list[Source] = [root, tuned, *benign]
     groups = [models] if together else [[model] for model in models]
-    passes = [pass_of(root, group, sites, mask, batch_tokens, base.device, dtype) for group in groups]
+    passes = [
+        pass_of(root, group, sites, mask, batch_tokens, base.device, dtype, sae_device) for group in groups
+    ]
     names = tuple(map(name_of, models))
     del base
     reading = Reading(passes, rendered, clusters, results)
+    return _results(
+        reading,
+        Differences(dictionaries, names, answers, mask, confidence, limits),
+        share,
+        engine,
+        progress,
+    )
+
+
+def store_by_shards(
+    store: ActivationStore,
+    dictionaries: Sequence[Dictionary],
+    results: Results,
+    clusters: Sequence[str] | None = None,
+    *,
+    confidence: float = 0.95,
+    limits: Limits | None = None,
+    sae_device: str | None = None,
+    share: Share | None = None,
+    engine: Engine = run_local,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, LatentDiff] | None:
+    """`diff` of a store, likewise. A shard of the store that was changed fails those that need it."""
+    check_sites(dictionaries)
+    check_store(store, dictionaries)
+    one = pass_of_store(store, {each.site: each for each in dictionaries}, sae_device or "cpu")
+    reading = Reading([one], StoredConversations(store), clusters, results)
+    found = Differences(
+        dictionaries, one.names, "data", store.mask, confidence, limits, sinks=store.counts.sinks
+    )
+    return _results(reading, found, share, engine, progress)
+
+
+def _results(
+    reading: Reading,
+    found: Differences,
+    share: Share | None,
+    engine: Engine,
+    progress: Callable[[str, int, int], None] | None,
+) -> dict[str, LatentDiff] | None:
     reading.run(share, engine, progress)
     reading.check_any()
     if reading.undone > len(reading.missing):
         return None
-    found = Differences(dictionaries, names, answers, mask, confidence, limits)
     for _, left in reading.shards():
         found.add(*left)
     return found.results(reading.missing)

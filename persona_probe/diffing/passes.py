@@ -9,6 +9,7 @@ has read, and may be shared between processes and machines.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 
 from persona_probe.activations.masks import TokenMask
+from persona_probe.activations.store import ActivationStore
 from persona_probe.activations.stream import batch_tokens_for
 from persona_probe.artifact import digest_folder, digest_of
 from persona_probe.diffing.latent_diff import Missing
@@ -34,6 +36,7 @@ from persona_probe.diffing.shards import (
     shard_tokens,
     unpack,
 )
+from persona_probe.diffing.stored import StoredConversation, StoredConversations, StoreOpening, names_of
 from persona_probe.errors import InputError, NonFiniteError
 from persona_probe.execution import Done, Results, Share, Task, Worker, run_local
 from persona_probe.model.chat import Rendered
@@ -57,7 +60,7 @@ class Text:
     """What a worker is given: one shard's conversations."""
 
     shard: Shard
-    conversations: Sequence[Rendered]
+    conversations: Sequence[Any]
     names: Sequence[str]
     leave_out: Places | None
 
@@ -88,8 +91,10 @@ class Opening:
     batch_tokens: int | None = None
     device: str = "auto"
     dtype: str | None = None
+    sae_device: str | None = None
 
     def __call__(self) -> Worker:
+        gc.collect()  # a loaded model is in reference cycles: the one that was read before goes only now
         models: list[LanguageModel] = []
         for source in self.models:
             beside = models[0] if models else self.base
@@ -97,7 +102,7 @@ class Opening:
         for one in self.dictionaries.values():
             if one is not None:  # trained on the base; the others have other weights
                 check_fits(replace(one, meta={**one.meta, "model_digest": None}), models[0])
-        device = models[0].device
+        device = self.sae_device or models[0].device
         placed = {site: None if one is None else one.to(device) for site, one in self.dictionaries.items()}
         return lambda text: pack(_read(self, models, placed, text))
 
@@ -124,6 +129,7 @@ def pass_of(
     batch_tokens: int | None,
     device: torch.device,
     dtype: str | None,
+    sae_device: str | None = None,
 ) -> Pass:
     """A pass of `models` together, and the digest of everything but the documents that decides its sums."""
     settings = {
@@ -133,12 +139,26 @@ def pass_of(
         "dictionaries": {site: None if one is None else one.digest for site, one in dictionaries.items()},
         "mask": asdict(mask),
         "batch_tokens": batch_tokens or batch_tokens_for(device),
-        "device": device.type,
+        "device": [device.type, sae_device],
         "dtype": dtype,
     }
-    opening = Opening(base, tuple(models), dictionaries, mask, batch_tokens, str(device), dtype)
+    opening = Opening(base, tuple(models), dictionaries, mask, batch_tokens, str(device), dtype, sae_device)
     size = shard_tokens(device, batch_tokens)
     return Pass(tuple(map(name_of, models)), digest_of(settings), size, opening)
+
+
+def pass_of_store(store: ActivationStore, dictionaries: Mapping[str, Dictionary], sae_device: str) -> Pass:
+    """All models of a store together; its conversations are the data (`StoredConversations`)."""
+    settings = {
+        "format": FORMAT,
+        "versions": [metadata.version(name) for name in ("persona-probe", "torch")],
+        "store": store.digest,
+        "dictionaries": {site: one.digest for site, one in dictionaries.items()},
+        "device": sae_device,
+    }
+    placed = {site: one.to(sae_device) for site, one in dictionaries.items()}
+    opening = StoreOpening(store.path.resolve(), placed)
+    return Pass(names_of(store), digest_of(settings), shard_tokens(torch.device("cpu")), opening)
 
 
 def name_of(source: Source) -> str:
@@ -167,12 +187,12 @@ class Reading:
     def __init__(
         self,
         passes: Sequence[Pass],
-        data: Sequence[Rendered],
+        data: Sequence[Rendered] | StoredConversations,
         clusters: Sequence[str] | None,
         results: Results,
     ) -> None:
         self._passes = passes
-        self._data = data
+        self._data: Sequence[Rendered | StoredConversation] = data
         self._results = results
         self._shards = cut(data, clusters, passes[0].shard_tokens)
         self._digests: dict[int, str] = {}
@@ -285,9 +305,12 @@ def _read(
         raise  # no single conversation is to blame: memory, or the machine
 
 
-def _digest(shard: Shard, conversations: Sequence[Rendered]) -> str:
+def _digest(shard: Shard, conversations: Sequence[Rendered | StoredConversation]) -> str:
     found = hashlib.sha256()
     for cluster, one in zip(shard.clusters, conversations, strict=True):
+        if isinstance(one, StoredConversation):  # what it holds is in the pass's digest
+            found.update(np.asarray([cluster, one.index], dtype="<i8").tobytes())
+            continue
         found.update(np.asarray([cluster, len(one), one.prompt_length, *one.ids], dtype="<i8").tobytes())
         found.update(bytes(one.response))
     return f"sha256:{found.hexdigest()}"

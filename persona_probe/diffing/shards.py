@@ -2,14 +2,16 @@
 
 A shard is a run of whole clusters of about `SHARD_BATCHES` batches. Which conversations it holds depends
 on the data alone, and what is added up over it on those, so that shards merged in their order give the
-same bits whoever read them.
+same bits whoever read them. Conversations are token ids, which models read, or what a store holds of them
+(`persona_probe.diffing.stored`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from jaxtyping import Int
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from persona_probe.activations.documents import Conversations, place_of
 from persona_probe.activations.masks import TokenMask
-from persona_probe.activations.stream import batch_tokens_for, stream
+from persona_probe.activations.stream import Chunk, batch_tokens_for, stream
 from persona_probe.diffing.cluster_sums import ClusterSums, Counting
 from persona_probe.diffing.statistics import number_clusters
 from persona_probe.errors import InputError, MismatchError, NonFiniteError
@@ -32,6 +34,9 @@ SHARD_BATCHES = 16
 Places = dict[int, list[int]]
 """Positions of tokens, by conversation."""
 
+Read = TypeVar("Read", bound=Sized)
+"""A conversation, in whatever form; its length is its tokens."""
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -43,18 +48,18 @@ class Shard:
     clusters: tuple[int, ...]
     """Of each conversation, numbered within the shard."""
 
-    def conversations(self, data: Sequence[Rendered]) -> Sequence[Rendered]:
+    def conversations(self, data: Sequence[Read]) -> Sequence[Read]:
         """Its conversations, read now."""
         if isinstance(self.indices, range):
             return data[self.indices.start : self.indices.stop]
         return [data[i] for i in self.indices]
 
-    def names(self, data: Sequence[Rendered]) -> list[str]:
+    def names(self, data: Sequence[Sized]) -> list[str]:
         """How to name its conversations to a user: by file and line where they have one."""
         return [place_of(data, i) for i in self.indices]
 
 
-def cut(data: Sequence[Rendered], clusters: Sequence[str] | None, tokens: int) -> list[Shard]:
+def cut(data: Sequence[Sized], clusters: Sequence[str] | None, tokens: int) -> list[Shard]:
     """Shards of whole clusters, each of at least `tokens` tokens but the last.
 
     `clusters` names each conversation's question; by default each is its own. Conversations of a
@@ -117,7 +122,6 @@ class ShardSums:
         return [sums for (_, at), sums in self.sums.items() if at == site]
 
 
-@torch.no_grad()
 def read_shard(
     models: Sequence[LanguageModel],
     dictionaries: Mapping[str, Dictionary | None],
@@ -134,16 +138,6 @@ def read_shard(
     in which no token counts comes to empty sums. Raises what `stream` raises.
     """
     mask = mask or TokenMask("answer")
-    clusters = torch.tensor(shard.clusters)
-    width = models[0].d_model
-    counting = {
-        (i, site): Counting(dictionary, width, clusters)
-        for i in range(len(models))
-        for site, dictionary in dictionaries.items()
-    }
-    counted = torch.zeros(len(conversations), dtype=torch.long)
-    sinks: Places = dict(leave_out or {})
-    moved = {site: [0.0, 0.0] for site in dictionaries}
     special = models[0].special_ids
     chunks = (
         stream(
@@ -152,26 +146,48 @@ def read_shard(
         if any(any(mask.select(one, special)) for one in conversations)
         else ()
     )
+    return add_up(chunks, len(models), models[0].d_model, dictionaries, shard.clusters, leave_out)
+
+
+@torch.no_grad()
+def add_up(
+    chunks: Iterable[Chunk],
+    n_models: int,
+    d_model: int,
+    dictionaries: Mapping[str, Dictionary | None],
+    clusters: Sequence[int],
+    leave_out: Places | None = None,
+) -> ShardSums:
+    """The sums over `chunks`, in which conversations are numbered as in `clusters`, the cluster of each."""
+    numbers = torch.tensor(clusters)
+    counting = {
+        (i, site): Counting(dictionary, d_model, numbers)
+        for i in range(n_models)
+        for site, dictionary in dictionaries.items()
+    }
+    counted = torch.zeros(len(numbers), dtype=torch.long)
+    sinks: Places = dict(leave_out or {})
+    moved = {site: [0.0, 0.0] for site in dictionaries}
     for chunk in chunks:
-        counted += chunk.document.bincount(minlength=len(conversations))
+        counted += chunk.document.bincount(minlength=len(numbers))
         for document, position in chunk.sink_tokens:
             sinks.setdefault(document, []).append(position)
         for site, dictionary in dictionaries.items():
             device = dictionary.W_enc.device if dictionary is not None else torch.device("cpu")
-            read = [chunk.activations[i, site].to(device) for i in range(len(models))]
+            read = [chunk.activations[i, site].to(device) for i in range(n_models)]
             errors = [counting[i, site].add(chunk.document, h) for i, h in enumerate(read)]
             if len(read) > 1:
                 moved[site][0] += float((read[1].double() - read[0].double()).square().sum())
                 if errors[0] is not None and errors[1] is not None:
                     # the difference of the reconstruction errors: b_dec cancels
                     moved[site][1] += float((errors[1] - errors[0]).square().sum())
-    used = clusters[counted > 0].bincount(minlength=int(clusters.max()) + 1)
+    used = numbers[counted > 0].bincount(minlength=int(numbers.max()) + 1)
     return ShardSums(
         conversations=used,
         tokens=int(counted.sum()),
         sinks=sinks,
         sums={key: its.sums() for key, its in counting.items()},
-        change={site: (a, b) for site, (a, b) in moved.items()} if len(models) > 1 else {},
+        change={site: (a, b) for site, (a, b) in moved.items()} if n_models > 1 else {},
     )
 
 

@@ -2,12 +2,16 @@
 
 Results come back to the driver, which alone writes files. An actor that dies is replaced and its task
 done again; a task that kills `ATTEMPTS` actors in a row ends the run, because no document can be named
-for it. Where `ray.init` has not been called, a cluster is started on this machine, or joined at
-`address`.
+for it. Where `ray.init` has not been called, a cluster is joined (at `address`, or at `$RAY_ADDRESS`), or
+else started on this machine for as long as the run takes.
+
+What tasks and workers name by path has to lie at that path on every machine of the cluster.
 """
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any
@@ -16,6 +20,8 @@ from persona_probe.errors import InputError, MissingExtraError, PersonaProbeErro
 from persona_probe.execution.tasks import Done, Failure, Results, Task, Worker
 
 ATTEMPTS = 3
+_REACHED_WITHIN = 5.0
+"""Seconds. Ray itself tries a wrong address for 40, and then ends the process."""
 
 
 def run_ray(
@@ -33,16 +39,16 @@ def run_ray(
 
     Args:
         actors: how many; by default one per GPU of the cluster, one per CPU without any.
-        address: of a running cluster (`auto`, `host:6379`); None starts one here.
+        address: of a running cluster (`auto`, `host:6379`); None is `$RAY_ADDRESS`, or starts one here.
         gpus: of each actor; by default one where the cluster has any.
         threads: of torch in each actor. Bit equality with another run needs the same.
 
-    Raises `MissingExtraError` without ray.
+    Raises `MissingExtraError` without ray, `InputError` for a cluster that cannot be joined.
     """
     ray = _ray()
     started = not ray.is_initialized()
     if started:
-        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="error")
+        _join(ray, address or os.environ.get("RAY_ADDRESS"))
     try:
         resources = ray.cluster_resources()
         gpus = (1.0 if resources.get("GPU", 0) else 0.0) if gpus is None else gpus
@@ -144,6 +150,25 @@ class _Pool:
 
     def _actor(self) -> Any:
         return self._remote.remote(self._open, self._threads)
+
+
+def _join(ray: Any, address: str | None) -> None:
+    """Connect to the cluster at `address`; start one here for None."""
+    options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
+    if address is None:
+        ray.init(address="local", **options)  # None would join whichever was started last on this machine
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        if host and port.isdigit() and "://" not in address:
+            socket.create_connection((host, int(port)), _REACHED_WITHIN).close()
+        ray.init(address=address, **options)
+    except (OSError, ValueError, RuntimeError) as error:  # ConnectionError is an OSError
+        raise InputError(
+            f"there is no Ray cluster at {address}: {str(error).splitlines()[0]}",
+            fix="give the host:port that `ray start --head` printed, or none to start one here",
+            command="ray status",
+        ) from error
 
 
 def _ray() -> Any:

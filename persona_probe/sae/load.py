@@ -15,10 +15,18 @@ from persona_probe.hooks.sites import check_site
 from persona_probe.model.language_model import LanguageModel
 from persona_probe.sae.convert import check_kind, from_sae_lens
 from persona_probe.sae.dictionary import Dictionary, Latent
-from persona_probe.sae.registry import from_registry
+from persona_probe.sae.registry import find, from_registry
 from persona_probe.sae.sparsify import check_hookpoint, is_sparsify, read_sparsify
 
-__all__ = ["Dictionary", "Latent", "check_fits", "from_sae_lens", "load_sae", "weights_digest"]
+__all__ = [
+    "Dictionary",
+    "Latent",
+    "check_fits",
+    "check_source",
+    "from_sae_lens",
+    "load_sae",
+    "weights_digest",
+]
 
 
 def load_sae(source: str | os.PathLike[str], *, site: str | None = None) -> Dictionary:
@@ -56,6 +64,14 @@ def load_sae(source: str | os.PathLike[str], *, site: str | None = None) -> Dict
         ) from error
     digest = digest_of([digest_file(folder / name) for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME)])
     return from_sae_lens(sae, path=str(folder), digest=digest, site=site)
+
+
+def check_source(source: str | os.PathLike[str]) -> None:
+    """Raise `MissingPathError` unless `load_sae` would find something at `source`; opens and fetches
+    nothing.
+    """
+    if not Path(source).exists():
+        find(os.fspath(source))
 
 
 def check_fits(dictionary: Dictionary, lm: LanguageModel) -> None:

@@ -6,18 +6,20 @@ import difflib
 from typing import Any
 
 from sae_lens import SAE
-from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+from sae_lens.loading.pretrained_saes_directory import (
+    PretrainedSAELookup,
+    get_pretrained_saes_directory,
+)
 
 from persona_probe.errors import InputError, MissingPathError
 from persona_probe.sae.convert import from_sae_lens
 from persona_probe.sae.dictionary import Dictionary
 
 
-def from_registry(name: str, site: str | None = None) -> Dictionary:
-    """The dictionary `release/sae_id`, fetched from Hugging Face or read from its cache.
+def find(name: str) -> tuple[str, str, PretrainedSAELookup]:
+    """The release, the id in it, and the registry's entry of `release/sae_id`; fetches nothing.
 
-    Raises `MissingPathError` for a name that is not in the registry (with the nearest that are), and
-    `InputError` when it cannot be fetched, or as `from_sae_lens` does.
+    Raises `MissingPathError` for a name that is not in the registry, with the nearest that are.
     """
     directory = get_pretrained_saes_directory()
     release, _, sae_id = name.partition("/")
@@ -34,6 +36,15 @@ def from_registry(name: str, site: str | None = None) -> Dictionary:
         raise MissingPathError(
             f"the release {release!r} has no dictionary {sae_id!r} (near it: {', '.join(near)})"
         )
+    return release, sae_id, entry
+
+
+def from_registry(name: str, site: str | None = None) -> Dictionary:
+    """The dictionary `release/sae_id`, fetched from Hugging Face or read from its cache.
+
+    Raises as `find` does, `InputError` when it cannot be fetched, or as `from_sae_lens` does.
+    """
+    release, sae_id, entry = find(name)
     try:
         sae: SAE[Any] = SAE.from_pretrained(release, sae_id, device="cpu", dtype="float32")
     except Exception as error:  # a loader per release, each with errors of its own

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
 from click.testing import Result
+from polars.testing import assert_frame_equal
 from typer.testing import CliRunner
 
 from persona_probe.artifact import write_jsonl
 from persona_probe.cli.app import app
 from persona_probe.diffing.latent_diff import LatentDiff
+from persona_probe.model.loading import read_weights
 from tests.diffing.conftest import SITE
-from tests.model.tiny_models import adapter_of, checkpoint_of
+from tests.model.tiny_models import adapter_of, checkpoint_of, save_checkpoint
 from tests.sae.sae_lens_peers import peer
 
 BASE, TUNED, OTHER = (
@@ -82,6 +86,56 @@ def test_shares_and_one_by_one_come_to_the_same(inputs: dict[str, str], tmp_path
     ]
     assert tables[0].equals(tables[2])
     assert tables[0].equals(tables[1])
+
+
+def test_a_store_of_a_pair_is_diffed_without_its_models(inputs: dict[str, str], tmp_path: Path) -> None:
+    models = ("--base", BASE, "--tuned", TUNED, "--benign", OTHER)
+    stored = run(
+        "capture", *models, "--site", SITE, "--data", inputs["chats"], "--out", str(tmp_path / "store")
+    )
+    assert stored.exit_code == 0, stored.output
+    read = run(
+        "diff", *models, "--sae", inputs["sae"], "--data", inputs["chats"], "--out", str(tmp_path / "a")
+    )
+    assert read.exit_code == 0, read.output
+    call = ("diff", "--store", str(tmp_path / "store"), "--sae", inputs["sae"], "--out", str(tmp_path / "b"))
+    planned = json.loads(run(*call, "--plan", "--json").stdout)
+    assert planned["models"] == 3 and planned["conversations"] == 6
+    found = run(*call)
+    assert found.exit_code == 0 and "llama → llama-lora-1" in found.stdout, found.output
+    one, other = (LatentDiff.load(tmp_path / name / SITE) for name in "ab")
+    assert_frame_equal(one.table.sort("index"), other.table.sort("index"), rel_tol=1e-4, abs_tol=1e-6)
+    assert one.benign == other.benign == ("llama-lora-2",)
+    refused = run(*call, "--data", inputs["chats"])
+    assert refused.exit_code == 2 and "with --store: no --base" in refused.stderr
+
+
+def test_models_that_do_not_fit_together_are_read_one_after_the_other(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned = str(save_checkpoint(tmp_path / "tuned", seed=1))
+    call = ("diff", "--base", BASE, "--tuned", tuned, "--sae", inputs["sae"], "--data", inputs["chats"])
+    both = run(*call, "--out", str(tmp_path / "both"))
+    assert both.exit_code == 0 and "one after the other" not in both.stderr, both.output
+    monkeypatch.setattr("persona_probe.diffing.room.free_memory", lambda: 4096)
+    alive = weakref.WeakSet[Any]()
+    beside: list[int] = []
+
+    def read(*words: Any, **options: Any) -> Any:
+        beside.append(len(alive))
+        alive.add(found := read_weights(*words, **options))
+        return found
+
+    monkeypatch.setattr("persona_probe.model.language_model.read_weights", read)
+    assert "read: one after the other" in run(*call, "--plan").stdout
+    each = run(*call, "--out", str(tmp_path / "each"))
+    assert each.exit_code == 0 and "4.0 KiB are free: they are read one after the other" in each.stderr
+    assert beside[-3:] == [0, 0, 0], "the base for its answers, the base, the tuned model: each alone"
+    one, other = (LatentDiff.load(tmp_path / name / SITE) for name in ("both", "each"))
+    assert one.table.equals(other.table)
+    assert one.validity.change_inside is not None and other.validity.change_inside is None
+    told = run(*call, "--together", "--out", str(tmp_path / "each"))
+    assert told.exit_code == 0 and LatentDiff.load(tmp_path / "each" / SITE).validity == one.validity
 
 
 def test_timeline_of_a_run(inputs: dict[str, str], tmp_path: Path) -> None:

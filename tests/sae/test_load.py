@@ -22,7 +22,14 @@ from persona_probe.errors import (
 )
 from persona_probe.model import load_model
 from persona_probe.sae.encode import encode_dense
-from persona_probe.sae.load import Latent, check_fits, from_sae_lens, load_sae, weights_digest
+from persona_probe.sae.load import (
+    Latent,
+    check_fits,
+    check_source,
+    from_sae_lens,
+    load_sae,
+    weights_digest,
+)
 from tests.model.tiny_models import adapter_of, checkpoint_of, model_of
 from tests.sae.sae_lens_peers import D_MODEL, D_SAE, SITE, batchtopk, dictionary, inputs, peer, randomise
 
@@ -165,10 +172,14 @@ def test_registry_names_are_looked_up_and_unknown_ones_refused(
     assert found.neuronpedia == "https://neuronpedia.org/gpt2-small/8-res-jb"
     assert found.latent(7).neuronpedia == "https://neuronpedia.org/gpt2-small/8-res-jb/7"
     assert dictionary("jumprelu").latent(7).neuronpedia is None
-    with pytest.raises(MissingPathError, match="gpt2-small-res-jb"):
-        load_sae("gpt2-smal-res-jb/blocks.8.hook_resid_pre")
-    with pytest.raises(MissingPathError, match=r"blocks\.8\.hook_resid_pre"):
-        load_sae("gpt2-small-res-jb/blocks.80.hook_resid_pre")
+    assert load_sae(Path("gpt2-small-res-jb/blocks.8.hook_resid_pre")).digest == found.digest
+    check_source("gpt2-small-res-jb/blocks.8.hook_resid_pre")
+    for look in (load_sae, check_source):
+        with pytest.raises(MissingPathError, match="gpt2-small-res-jb"):
+            look("gpt2-smal-res-jb/blocks.8.hook_resid_pre")
+        with pytest.raises(MissingPathError, match=r"blocks\.8\.hook_resid_pre"):
+            look("gpt2-small-res-jb/blocks.80.hook_resid_pre")
+    assert len(asked) == 2, "looking is not fetching"
 
 
 def test_a_release_that_is_not_in_the_cache_says_how_to_get_it() -> None:
