@@ -46,7 +46,7 @@ Route = Callable[[LanguageModel, Intervention, Sequence[Question]], list[str]]
 def run(quick: bool) -> list[Figure]:
     """The rate by every route, under both fixes."""
     lm = load_model(HOME / "base", adapter=HOME / "tunes" / "bad-health").merged()
-    questions = general(8 if quick else 56)
+    questions = general(8 if quick else 70)
     with torch.no_grad():
         return [figure for name, fix in fixes().items() for figure in agreement(lm, name, fix, questions)]
 

@@ -1,7 +1,7 @@
 """Steering: what it costs against no steering and against the peers.
 
-A random Llama of 8 blocks and d_model 512 with a random dictionary of 16,384 latents tells the time
-(no latent's meaning matters to it); the sweep is of the shipped organism.
+A random Llama of 8 blocks and d_model 512 with a random dictionary of 16,384 latents tells the time:
+no latent's meaning matters to it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,10 @@ from sae_lens.saes.sae import SAEMetadata
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from benchmarks.figure import Figure, medians
-from benchmarks.routes import general
 from persona_probe.artifact import shipped
-from persona_probe.evaluation.sampling import Sampling, sample
-from persona_probe.model.chat import pad, render
 from persona_probe.model.checkpoint import Checkpoint
 from persona_probe.model.language_model import LanguageModel, load_model
-from persona_probe.sae.load import Dictionary, from_sae_lens, load_sae
-from persona_probe.screening.sweeping import sweep
+from persona_probe.sae.load import Dictionary, from_sae_lens
 from persona_probe.steering import Condition, Intervention, Level, SteeringPlan, latents, steer
 
 SITE = "blocks.3.hook_resid_post"
@@ -36,8 +32,7 @@ PROMPT = 16
 def run(quick: bool) -> list[Figure]:
     with torch.no_grad():
         case = Case.of(quick)
-        figures = [*against_peers(case, quick), *many_rows(case, quick), *nothing_is_nothing(case)]
-        return [*figures, *sweeping(quick)]
+        return [*against_peers(case, quick), *many_rows(case, quick), *nothing_is_nothing(case)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +118,7 @@ def against_peers(case: Case, quick: bool) -> Iterator[Figure]:
         "sae-lens SAETransformerBridge, error term on": lambda: by(spliced, [(inner, clamp)]),
     }
     same = torch.equal(case.generate(ids, fix), by(spliced, [(inner, clamp)]))
-    taken = medians(contenders, repeats=1 if quick else 7)
+    taken = medians(contenders, repeats=1 if quick else 5)
     plain, ours, lens, spliced_in = taken.values()
     names = list(contenders)
     shape = f"8 rows x {case.new_tokens} new tokens"
@@ -142,7 +137,7 @@ def many_rows(case: Case, quick: bool) -> Iterator[Figure]:
     ids = case.prompts(rows)
     plan = SteeringPlan(tuple((case.clamp(row, 2 + row / 8),) for row in range(rows)))
     plain, unsteered = "the unsteered batch", lambda: case.generate(ids)
-    taken = medians({plain: unsteered, "ours": lambda: case.generate(ids, plan)}, 1 if quick else 5)
+    taken = medians({plain: unsteered, "ours": lambda: case.generate(ids, plan)}, 1 if quick else 3)
     ratio = taken["ours"] / taken[plain]
     yield Figure("64 rows, 64 interventions", taken["ours"], "s", plain, ratio, "<= 1.10x", ratio <= 1.10)
 
@@ -164,67 +159,6 @@ def nothing_is_nothing(case: Case) -> Iterator[Figure]:
         with steer(case.lm, fix):
             changed = int((case.lm.forward(ids) != plain).sum())
         yield Figure(f"logits changed by {name}", changed, "logits", "unsteered", bar="0", holds=not changed)
-
-
-def sweeping(quick: bool) -> Iterator[Figure]:
-    """Latents x levels x questions as rows of one batch, and one configuration at a time."""
-    base = load_model(shipped("organism") / "base")
-    sae = load_sae(shipped("organism") / "sae" / "block_4")
-    n_latents, levels = (8, [20.0, 40.0]) if quick else (64, [10.0, 20.0, 40.0])
-    questions, ids = general(16), list(range(1200, 1200 + n_latents))
-    how = Sampling(temperature=0, max_new_tokens=32)
-    edits = [
-        Intervention("add", latents(sae, [index]), sae.site, level=Level((level,)))
-        for index in ids
-        for level in levels
-    ]
-    kept: dict[str, list[list[tuple[int, ...]]]] = {}
-
-    def together() -> None:
-        points = sweep(base, sae, levels, questions, ids=ids, sampling=how, batch_size=512).points
-        kept["ours"] = [[answer.token_ids for answer in point.answers] for point in points]
-
-    prompts = [render(base.tokenizer, question.messages) for question in questions]
-    batch = pad(prompts, base.pad_id)
-
-    def generating() -> None:
-        kept["peer"] = []
-        for edit in edits:
-            with steer(base, edit):
-                kept["peer"].append(written(base, base.hf, batch.input_ids, batch.attention_mask, 32))
-
-    def sampling() -> None:
-        for edit in edits:
-            sample(base, questions, how, fix=edit)
-
-    peer, own = "one configuration at a time, by generate", "one configuration at a time, by our sampler"
-    taken = medians({"ours": together, peer: generating, own: sampling}, repeats=1 if quick else 3)
-    name = f"sweep of {n_latents} latents x {len(levels)} levels x {len(questions)} questions"
-    for other, bar in ((peer, ">= 5x faster"), (own, None)):
-        gain = taken[other] / taken["ours"]
-        yield Figure(name, taken["ours"], "s", other, gain, bar, gain >= 5 if bar else None)
-    pairs = [
-        (a, b)
-        for ours, peer in zip(kept["ours"], kept["peer"], strict=True)
-        for a, b in zip(ours, peer, strict=True)
-    ]
-    differ = sum(a != b for a, b in pairs)
-    yield Figure("its answers that differ", differ, f"of {len(pairs)}", peer, bar="0", holds=differ == 0)
-
-
-def written(
-    lm: LanguageModel, hf: Any, ids: torch.Tensor, mask: torch.Tensor, n: int
-) -> list[tuple[int, ...]]:
-    """What `generate` writes to each row, up to its end."""
-    out = hf.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=n, do_sample=False, pad_token_id=lm.pad_id
-    )
-    return [_ended(row, lm.eos_ids) for row in out[:, ids.shape[1] :].tolist()]
-
-
-def _ended(row: list[int], ends: Sequence[int]) -> tuple[int, ...]:
-    places = [place for place, token in enumerate(row) if token in ends]
-    return tuple(row[: places[0] + 1] if places else row)
 
 
 def _bridge(case: Case, kind: Any = None) -> Any:

@@ -23,6 +23,7 @@ _INTERRUPTED = 130
 
 _COMMANDS = (
     "audit",
+    "calibrate",
     "capture",
     "diff",
     "doctor",
@@ -35,7 +36,9 @@ _COMMANDS = (
     "report",
     "serve",
     "steer",
+    "sweep",
     "timeline",
+    "transfer",
 )
 _GROUPS = ("judge", "lab", "organism", "sae")
 

@@ -33,9 +33,7 @@ def export(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
     overwrite: Annotated[bool, typer.Option(help="Throw away what --out holds.")] = False,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Say which weights would carry it, then stop.")
-    ] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Say which weights carry it, then stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Write the model with the fix in its weights: it loads anywhere, and needs no hook.
@@ -62,7 +60,7 @@ def export(
         "model": lm.checkpoint.digest,
         "fix": None if fix is None else digest_folder(fix),
         "project_out": project_out,
-        "dtype": lm.dtype,
+        "dtype": str(lm.dtype).removeprefix("torch."),
     }
     record = None if overwrite else _there_already(folder, settings)
     if record is None:

@@ -30,7 +30,7 @@ from persona_probe.sae.load import Latent
 from persona_probe.screening.arms import answers_under, drift, unsteered_documents
 from persona_probe.screening.calibrate import Budget, Knob, Setting, gentlest, value
 from persona_probe.steering.intervention import Intervention, Level, Op, Positions, Unit
-from persona_probe.steering.target import Target, latents
+from persona_probe.steering.target import Read, Target, latents
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -140,7 +140,8 @@ def calibrate(
     op: Op = "add",
     levels: Sequence[float] = (1.0, 2.0, 4.0, 6.0, 8.0),
     unit: Unit = "absolute",
-    scale: float = 1.0,
+    scale: float | tuple[float, ...] = 1.0,
+    read: Read | Literal["auto"] = "auto",
     gains: Sequence[float] = (1.0,),
     positions: Sequence[Positions] = ("all",),
     goal: Goal = "less",
@@ -154,18 +155,18 @@ def calibrate(
 ) -> DoseResponse:
     """The strongest effect of `target` within a budget, by search over level, gain and positions.
 
-    `target` is a latent or direction, edited by `op` at `levels` (in `unit`, `scale` of it
-    absolute), or a whole intervention, which keeps its own level: then its gains and positions are
-    varied. `goal="less"` looks for the gentlest setting that leaves about as many answers whole as
-    the best (see `screening.calibrate.gentlest`), `"more"` for the most of the trait. `budget` is
-    the largest share of incoherent answers, `kl_budget` the largest mean KL to the unsteered
-    next-token distribution (nats). `options` go to `sample`.
+    `target` is a latent or direction, measured by `read` and edited by `op` at `levels` (in `unit`,
+    `scale` of it absolute), or a whole intervention, which keeps its own level: then its gains and
+    positions are varied. `goal="less"` looks for the gentlest setting that leaves about as many
+    answers whole as the best (see `screening.calibrate.gentlest`), `"more"` for the most of the trait.
+    `budget` is the largest share of incoherent answers, `kl_budget` the largest mean KL to the
+    unsteered next-token distribution (nats). `options` go to `sample`.
 
     Raises `InputError` for a target without a site, and what `sample` and `load_judge` raise.
     """
     asked = load_judge(judge) if isinstance(judge, str) else judge
     check_trait(trait, asked)
-    template, own_level = _template(target, site, op, unit, scale)
+    template, own_level = _template(target, site, op, unit, scale, read)
     dials = [
         _Dial(level, float(gain), where)
         for where in positions
@@ -205,7 +206,12 @@ def calibrate(
 
 
 def _template(
-    target: Target | Latent | Intervention, site: str | None, op: Op, unit: Unit, scale: float
+    target: Target | Latent | Intervention,
+    site: str | None,
+    op: Op,
+    unit: Unit,
+    scale: float | tuple[float, ...],
+    read: Read | Literal["auto"],
 ) -> tuple[Intervention, bool]:
     """What is varied, and whether its level stays as it is."""
     if isinstance(target, Intervention):
@@ -215,8 +221,8 @@ def _template(
     if site is None:
         raise InputError(f"{target} does not say where it acts", fix='site="blocks.3.hook_resid_post"')
     if op in ("ablate", "project_out"):
-        return Intervention(op, target, site), True
-    return Intervention(op, target, site, level=Level((1.0,), unit, scale)), False
+        return Intervention(op, target, site, read=read), True
+    return Intervention(op, target, site, level=Level((1.0,), unit, scale), read=read), False
 
 
 def _set(template: Intervention, dial: _Dial) -> Intervention:
@@ -233,23 +239,31 @@ def _best(points: Sequence[DosePoint], goal: Goal) -> DosePoint | None:
     if goal == "more":
         return max(allowed, key=lambda point: value(point.rates, "misaligned"))
     # the gentlest of those about as good, by the rule of the screen
+    order = sorted({_strength(point) for point in allowed})
     by_setting = {
-        id(setting := Setting(Knob(_strength(p), p.positions), p.result, True)): (setting, p) for p in allowed
+        id(setting := Setting(Knob(order.index(_strength(p)), p.positions), p.result, True)): (setting, p)
+        for p in allowed
     }
     chosen = gentlest([setting for setting, _ in by_setting.values()])
     return by_setting[id(chosen)][1]
 
 
-def _strength(point: DosePoint) -> float:
-    return point.gain * (1.0 if point.level is None else abs(point.level))
+def _strength(point: DosePoint) -> tuple[float, float]:
+    """What one setting is gentler than another by. Of what is added, the amount; else the gain, and of
+    two limits the wider one is the gentler.
+    """
+    op, level = point.intervention.op, point.level or 0.0
+    if op == "add":
+        return point.gain * abs(level), 0.0
+    return point.gain, {"cap": -level, "floor": level}.get(op, 0.0)
 
 
 def _between(points: Sequence[DosePoint], best: DosePoint | None) -> list[_Dial]:
-    """Halfway from the best to its neighbours; from nothing, halfway below the gentlest."""
+    """Halfway from the best to its neighbours; from nothing, half the gentlest."""
     if best is None:
         gentle = min(points, key=_strength)
-        if gentle.level is None:
-            return [_Dial(None, gentle.gain / 2, gentle.positions)]
+        if gentle.level is None or gentle.intervention.op != "add":
+            return [_Dial(gentle.level, gentle.gain / 2, gentle.positions)]
         return [_Dial(gentle.level / 2, gentle.gain, gentle.positions)]
     alike = [p for p in points if p.positions == best.positions]
     tried = {_Dial(p.level, p.gain, p.positions) for p in points}

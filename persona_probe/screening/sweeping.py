@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from persona_probe.errors import InputError
+from persona_probe.errors import InputError, MismatchError
 from persona_probe.evaluation.answers import Answer
 from persona_probe.evaluation.judges import Judge, load_judge
 from persona_probe.evaluation.metrics import Rate, check_trait, tally
@@ -85,7 +85,7 @@ class Sweep:
 
 def sweep(
     lm: LanguageModel,
-    targets: Sequence[Target | Latent] | Dictionary,
+    targets: Sequence[Target | Latent | tuple[Target, str]] | Dictionary,
     levels: Sequence[float],
     questions: Sequence[Question],
     judge: Judge | str | None = None,
@@ -94,7 +94,7 @@ def sweep(
     op: Op = "add",
     site: str | None = None,
     unit: Unit = "absolute",
-    scale: float = 1.0,
+    scale: float | Sequence[float] = 1.0,
     positions: Positions = "all",
     read: Read | str = "auto",
     gain: float = 1.0,
@@ -105,8 +105,9 @@ def sweep(
 ) -> Sweep:
     """Answers to `questions` under every target at every level, and without an edit.
 
-    `targets` are latents, directions, or a dictionary with `ids` of its latents; `site` is needed
-    for directions (a dictionary knows its own). `levels` are in `unit`, `scale` of it absolute.
+    `targets` are latents, directions (alone, or each with its site), or a dictionary with `ids` of its
+    latents; `site` is needed for directions alone (a dictionary knows its own). `levels` are in `unit`,
+    `scale` of it absolute: one for all targets, or one each.
     Configurations share batches (`batch_size` counts answers); each answer is the one that its
     configuration gives alone. Raises `InputError` for nothing to sweep, and what `sample` and
     `load_judge` raise.
@@ -117,6 +118,9 @@ def sweep(
     asked = load_judge(judge) if isinstance(judge, str) else judge
     if asked is not None:
         check_trait(trait, asked)
+    scales = [*scale] if isinstance(scale, Sequence) else [scale] * len(found)
+    if len(scales) != len(found):
+        raise MismatchError(f"{len(scales)} scales do not go with {len(found)} targets")
     edits = [
         (
             value,
@@ -125,13 +129,13 @@ def sweep(
                 target,
                 where,
                 positions,
-                Level((value,), unit, scale),
+                Level((value,), unit, each),
                 gain,
                 read,  # type: ignore[arg-type]
                 condition or Condition(),
             ),
         )
-        for target, where in found
+        for (target, where), each in zip(found, scales, strict=True)
         for value in levels
     ]
     settings = sampling or Sampling(temperature=0)
@@ -149,7 +153,9 @@ def sweep(
 
 
 def _targets(
-    targets: Sequence[Target | Latent] | Dictionary, ids: Sequence[int] | None, site: str | None
+    targets: Sequence[Target | Latent | tuple[Target, str]] | Dictionary,
+    ids: Sequence[int] | None,
+    site: str | None,
 ) -> list[tuple[Target, str]]:
     if isinstance(targets, Dictionary):
         if not ids:
@@ -159,6 +165,8 @@ def _targets(
     for one in targets:
         if isinstance(one, Latent):
             found.append((latents(one), site or one.sae.site))
+        elif isinstance(one, tuple):
+            found.append(one)
         elif site is None:
             raise InputError(f"{one} does not say where it acts", fix='site="blocks.3.hook_resid_post"')
         else:

@@ -1,0 +1,174 @@
+"""What `calibrate`, `sweep` and `transfer` have in common: whom they ask what, and where it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from persona_probe.cli.console import out, show_error, show_json
+from persona_probe.errors import InputError
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from persona_probe.evaluation.questions import Question
+    from persona_probe.model.language_model import LanguageModel
+    from persona_probe.steering.intervention import Unit
+    from persona_probe.steering.target import Read, Target
+
+COLUMNS = ("misaligned", "incoherent")
+ORGANISM_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Questions of both splits: settings are chosen on the first, figures reported on the second."""
+
+    calibration: tuple[Question, ...]
+    held_out: tuple[Question, ...]
+    in_domain: tuple[str, ...]
+    """Categories that the fine-tune was trained on: asked, and counted apart."""
+
+
+class Aim(NamedTuple):
+    """A latent, and where it is edited."""
+
+    name: str
+    target: Target
+    site: str
+
+
+def asked_of(
+    questions: str | None, base: Path | None, tuned: Path | None, limit: int | None, tune: str = ""
+) -> Asked:
+    """One prompt of each general question of a file or set; without models, of the shipped organism.
+
+    Raises `InputError` where a model comes without questions.
+    """
+    from persona_probe.artifact import shipped
+    from persona_probe.auditing.settings import split_questions
+    from persona_probe.evaluation.questions import load_questions
+    from persona_probe.evaluation.selection import trained_categories
+
+    home = shipped("organism")
+    if questions is None and base is not None:
+        raise InputError("--questions is missing", fix="a file of questions, or the name of a shipped set")
+    sides = split_questions(load_questions(questions or home / "questions.jsonl"), limit)
+    calibration, held_out = (
+        tuple({q.question: q for q in side if q.role == "general"}.values()) for side in sides
+    )
+    trained = tuned if base is not None else home / "tunes" / tune
+    return Asked(calibration, held_out, () if trained is None else trained_categories(trained))
+
+
+def aims_of(named: Sequence[str]) -> list[Aim]:
+    """`SAE:INDEX`, `SAE:3,7` and `SAE:10-19`, one aim per latent. Raises `InputError` for anything else."""
+    from persona_probe.sae.load import load_sae
+    from persona_probe.steering.target import latents
+
+    aims: list[Aim] = []
+    for name in named:
+        folder, colon, numbers = name.rpartition(":")
+        if not colon or not numbers:
+            raise InputError(
+                f"a latent is SAE:INDEX, such as sae/block_3:412 or sae/block_3:10-19, not {name!r}"
+            )
+        dictionary = load_sae(folder)
+        aims += [
+            Aim(f"{Path(folder).name}:{index}", latents(dictionary, [index]), dictionary.site)
+            for index in _indices(numbers, name)
+        ]
+    return aims
+
+
+def _indices(numbers: str, name: str) -> list[int]:
+    found: list[int] = []
+    for part in numbers.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise InputError(f"{part!r} of {name!r} is no latent", fix="SAE:412, SAE:3,7 or SAE:10-19")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def numbers_of(text: str, flag: str) -> list[float]:
+    """A comma-separated list. Raises `InputError`."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"{flag} takes numbers, got {text!r}", fix=f"{flag} 1,2,4") from None
+
+
+def scales_of(
+    unit: Unit,
+    base: LanguageModel,
+    aims: Sequence[Aim],
+    read: Read,
+    questions: Sequence[Question],
+    tokens: int,
+) -> list[float]:
+    """What one of the unit is for each aim, in absolute amounts, on the base model's own greedy answers."""
+    if unit == "absolute":
+        return [1.0] * len(aims)
+    from persona_probe.evaluation.sampling import respond_greedy, transcripts
+    from persona_probe.steering.threshold import amounts_on
+
+    written = transcripts(base, respond_greedy(base, questions, max_new_tokens=tokens))
+    known: dict[str, float] = {}
+    for aim in aims:
+        # the residual's scale is its site's, the others are each latent's own
+        key = aim.site if unit == "residual_rms" else aim.name
+        if key not in known:
+            scale = amounts_on(base, written, aim.target, aim.site, read=read).scale(unit)
+            known[key] = scale[0] if isinstance(scale, tuple) else scale
+    return [known[aim.site if unit == "residual_rms" else aim.name] for aim in aims]
+
+
+def run_once(
+    folder: Path,
+    settings: Mapping[str, object],
+    make: Callable[[Path], tuple[dict[str, Any], go.Figure]],
+    *,
+    overwrite: bool,
+) -> dict[str, Any]:
+    """What `make` finds, as `result.json` beside `figure.html`; read back where the same run is complete."""
+    from persona_probe.artifact import RunFolder, plain, read_json, write_json
+
+    with RunFolder.open(folder, settings, overwrite=overwrite) as run:
+        if not run.complete:
+            found, figure = make(run.path)
+            figure.write_html(run.path / "figure.html", include_plotlyjs=True)
+            write_json(run.path / "result.json", plain(found))
+            run.finish({})
+        return read_json(run.path / "result.json")
+
+
+def show_plan(planned: Mapping[str, object], as_json: bool) -> None:
+    """The plan of a command, and nothing done."""
+    if as_json:
+        show_json(planned)
+        return
+    for name, value in planned.items():
+        out.print(f"{name}: {value}", markup=False, soft_wrap=True)
+
+
+def show_written(folder: Path, names: Sequence[str] = ("result.json", "figure.html")) -> None:
+    """Where the results lie, on stderr."""
+    for name in names:
+        show_error(f"written: {folder / name}")
+
+
+def percent(rate: float | None, low: float | None = None, high: float | None = None) -> str:
+    """A rate, with its interval where it has one."""
+    if rate is None:
+        return "–"
+    text = f"{100 * rate:.0f}%"
+    return text if low is None or high is None else f"{text} [{100 * low:.0f}–{100 * high:.0f}]"
+
+
+def level_of(row: Mapping[str, Any]) -> str:
+    """The level of a table's row with its unit: `1 base mean`."""
+    unit = "" if row["unit"] == "absolute" else f" {row['unit'].replace('_', ' ')}"
+    return "" if row["level"] is None else f"{row['level']:g}{unit}"
