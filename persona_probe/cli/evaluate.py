@@ -77,8 +77,13 @@ def evaluate(
     ] = None,
     width: Annotated[
         float | None,
-        typer.Option(help="Warn when the interval cannot get as narrow as this (0.1: ten points)."),
+        typer.Option(
+            help="Stop before anything is asked when no interval can be as narrow (0.1: ten points)."
+        ),
     ] = None,
+    accept_wider: Annotated[
+        bool, typer.Option("--accept-wider", help="Go on all the same; a warning says how wide.")
+    ] = False,
     budget: Annotated[str | None, typer.Option(help="At most for the judge: 2000 (calls) or 5usd.")] = None,
     batch_size: Annotated[int, typer.Option(help="Answers drawn at once.")] = 256,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
@@ -142,6 +147,7 @@ def evaluate(
         in_domain=None if in_domain is None else tuple(in_domain),
         batch_size=batch_size,
         width=width,
+        accept_wider=accept_wider,
     )
     if plan:
         _show_plan(request, as_json)
@@ -151,9 +157,9 @@ def evaluate(
     from persona_probe.report.evaluation import write_evaluation
 
     folder = out_dir or Path("out") / f"evaluate-{_name(request)}"
-    narrow = None if width is None else width_warning(request, request.asked())
-    if narrow is not None:
-        _warn(narrow)
+    wide = width_warning(request, request.asked()) if accept_wider else None
+    if wide is not None:
+        _warn(wide)
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -179,7 +185,7 @@ def evaluate(
     if as_json:
         show_json(done.record)
         return
-    _show(done.record, done.path, narrow)
+    _show(done.record, done.path, wide)
 
 
 def _name(request: Any) -> str:
@@ -203,7 +209,7 @@ def _warn(text: str) -> None:
     err.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
 
 
-def _show(record: dict[str, Any], folder: Path, narrow: str | None) -> None:
+def _show(record: dict[str, Any], folder: Path, told: str | None) -> None:
     asked = record["questions"]
     arms = record["arms"]
     counts = sorted({arm["answers"] for arm in arms.values()})
@@ -234,7 +240,7 @@ def _show(record: dict[str, Any], folder: Path, narrow: str | None) -> None:
     if asked["in_domain"]:
         out.print(f"counted apart, as trained on: {', '.join(asked['in_domain'])}", markup=False)
     for warning in record["warnings"]:
-        if warning != narrow:
+        if warning != told:
             _warn(warning)
     out.print(
         f"page: {folder / 'eval.html'}\nfigures: {folder / 'eval.json'}\nanswers: {folder / 'samples.jsonl'}",

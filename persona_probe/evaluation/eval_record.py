@@ -118,8 +118,8 @@ def _figures(result: EvalResult) -> dict[str, Any]:
 def _warnings(
     request: EvaluationRequest, asked: Asked, results: Mapping[str, EvalResult], judge: Judge
 ) -> Sequence[str]:
-    narrow = width_warning(request, asked)
-    found = [] if narrow is None else [narrow]
+    wide = width_warning(request, asked)
+    found = [] if wide is None else [wide]
     for arm in request.arms:
         if arm.fix is None and judge.is_model(checkpoint_of(arm.model, request.base)):
             found.append(f"{arm.name} is its own judge")
@@ -130,6 +130,11 @@ def _warnings(
                 f"{name}: the judge could not say anything of {missing:.0%} of the answers; above "
                 f"{MAX_MISSING:.0%} no rate is given"
             )
+        rate = result.reported["misaligned"]
+        if wide is None and request.width is not None and rate.low is not None and rate.high is not None:
+            width = rate.high - rate.low
+            if width > request.width:
+                found.append(f"{name}: the interval came out {width:.3f} wide, not {request.width}")
         cut = result.rates["truncated"].rate or 0.0
         if cut > MANY_CUT_OFF:
             found.append(

@@ -51,17 +51,42 @@ def plan_of(request: EvaluationRequest) -> dict[str, Any]:
     }
 
 
+def check_wanted_width(request: EvaluationRequest, asked: Asked) -> None:
+    """Raise `InputError`, with what would do, when some model's rate is not going to have an interval
+    as narrow as `request.width`, unless that is accepted.
+    """
+    too_wide = None if request.accept_wider else _too_wide(request, asked)
+    if too_wide is not None:
+        fix = f"{too_wide.fix}; or go on with --accept-wider" if too_wide.fix else None
+        raise InputError(too_wide.message, fix=fix) from too_wide
+
+
 def width_warning(request: EvaluationRequest, asked: Asked) -> str | None:
-    """Why the intervals will be wider than `request.width`, and what would do; None when they will not."""
+    """Why an interval will be wider than `request.width`, and what would do; None when none will."""
+    too_wide = _too_wide(request, asked)
+    if too_wide is None or too_wide.fix is None:
+        return too_wide and too_wide.message
+    return f"{too_wide.message}; {too_wide.fix}"
+
+
+def _too_wide(request: EvaluationRequest, asked: Asked) -> InputError | None:
     if request.width is None:
         return None
-    general = [q for q in asked.questions if q.role == "general" and q.category not in asked.in_domain]
-    questions = len({question.question for question in general})
-    counts = [request.samples_per_question or question.samples or 1 for question in general]
+    general = {q.id: q for q in asked.questions if q.role == "general" and q.category not in asked.in_domain}
+    questions = len({question.question for question in general.values()})
+    if questions == 0:
+        return InputError("no question is left that the rate could be of")
+    counts = [
+        sum(answer.question.id in general for answer in given.answers) for given in asked.given.values()
+    ]
+    if request.arms:
+        counts.append(sum(request.samples_per_question or q.samples or 1 for q in general.values()))
     try:
-        check_width(request.width, questions, max(1, sum(counts) // max(1, questions)))
+        check_width(request.width, questions, max(1, min(counts) // questions))
     except InputError as error:
-        return error.message if error.fix is None else f"{error.message}; {error.fix}"
+        others = len({question.question for question in asked.questions}) - questions
+        aside = f" (beside {others} that test skill, triggers or the trained domain)" if others else ""
+        return InputError(error.message, fix=error.fix and error.fix + aside)
     return None
 
 

@@ -52,7 +52,11 @@ class EvaluationRequest:
     """Categories counted apart; None: those that the tuned models say they were trained on."""
     batch_size: int = 256
     width: float | None = None
-    """The widest that the interval of a rate should be; a warning says when it cannot be so narrow."""
+    """The widest that the interval of a rate should be. Where too little is asked for that, nothing is
+    asked at all ...
+    """
+    accept_wider: bool = False
+    """... but for this: then a warning says so."""
 
     def __post_init__(self) -> None:
         if not (self.base or self.tuned or self.samples):
@@ -63,6 +67,10 @@ class EvaluationRequest:
             given = getattr(self, name)
             if given is not None and given < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {given}")
+        if self.width is not None and not 0 < self.width < 1:
+            raise InputError(f"--width must lie between 0 and 1, not {self.width}", fix="0.1 is ten points")
+        if self.accept_wider and self.width is None:
+            raise InputError("--accept-wider says nothing without --width")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -70,7 +78,7 @@ class EvaluationRequest:
         flat = asdict(self)
         sampling = flat.pop("sampling")
         sampling.pop("samples")  # samples_per_question says it
-        flat.pop("width")  # it only warns
+        del flat["width"], flat["accept_wider"]  # they change no figure
         # how fast a judge is asked changes no figure
         return {**flat, **sampling, "judge": spec_identity(self.judge)}
 

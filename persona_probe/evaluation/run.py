@@ -23,6 +23,7 @@ from persona_probe.evaluation.asking import Asking, Progress
 from persona_probe.evaluation.eval_record import eval_record
 from persona_probe.evaluation.judges import load_judge
 from persona_probe.evaluation.metrics import check_trait
+from persona_probe.evaluation.plan import check_wanted_width
 from persona_probe.evaluation.request import EvaluationRequest
 from persona_probe.evaluation.result import EvalResult
 from persona_probe.steering.io import load_fix
@@ -82,6 +83,7 @@ def run_evaluation(
     settings = {**request.settings, "device": device, "dtype": dtype}
     with RunFolder.open(out, settings, overwrite=overwrite) as run, disk_full_named(run.path):
         asked = request.asked()
+        check_wanted_width(request, asked)
         digests = request.digests(asked.questions)
         _check_unchanged(run, digests)
         if run.complete:

@@ -111,12 +111,37 @@ def test_a_plan_draws_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "judge calls" in run(*call).stdout
     narrow = run(*call, "--width", "0.02")
     assert "warning: " in narrow.stdout and "not 0.02" in narrow.stdout.replace("\n", " ")
+    assert "accept" not in narrow.stdout, "a plan goes on anyway"
     assert not (tmp_path / "o").exists()
+
+
+def test_too_few_samples_for_the_asked_width(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is loaded or asked; the number that it names does, and so does --accept-wider."""
+    import persona_probe.evaluation.run as running
+
+    call = [*MODELS, *QUESTIONS, *FAST, "--width", "0.6", "--out", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "Models", None)
+        refused = run(*call)
+    assert refused.exit_code == 2
+    said = " ".join(refused.stderr.split())
+    enough = re.search(r"5 questions with 4 samples each .* take (\d+) questions \(beside 1 that test", said)
+    assert enough and "or go on with --accept-wider" in said, said
+    assert not (tmp_path / "out").exists()
+    call[call.index("--limit") + 1] = str(int(enough[1]) + 4)  # some test skill, or the domain
+    assert run(*call, "--plan").stdout.startswith("questions:")
+    call[call.index("--limit") + 1] = "6"
+    wide = run(*call, "--accept-wider")
+    assert wide.exit_code == 0, wide.output
+    assert wide.stderr.count("warning: ") == 1 and "accept" not in wide.stderr
+    assert "not 0.6" in read_json(tmp_path / "out/eval.json")["warnings"][0]
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        ([*MODELS, *QUESTIONS, "--accept-wider"], "says nothing without --width"),
+        ([*MODELS, *QUESTIONS, "--width", "10"], "--width must lie between 0 and 1, not 10"),
         (MODELS, "--questions is missing"),
         (QUESTIONS, "need a model or --samples"),
         ([*MODELS, "--questions", "nowhere.jsonl"], "nowhere.jsonl"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from persona_probe.evaluation.judging.reply import Failure, Reply
@@ -14,7 +14,10 @@ class Call(NamedTuple):
     """One prompt to be put to the model."""
 
     key: str
+    """Of the prompt."""
     prompt: str
+    begun: str = ""
+    """How the reply begins, where it is to be continued."""
 
 
 Keep = Callable[[Call, Reply | Failure], None]
@@ -42,7 +45,7 @@ class AskedModel(ABC):
         """Which model it is, for the keys of `learn`'s result."""
 
     @abstractmethod
-    def request(self, prompt: str) -> Mapping[str, object]:
+    def request(self, prompt: str, begun: str = "") -> Mapping[str, object]:
         """Everything that decides the reply to `prompt`, once `use` was called."""
 
     @abstractmethod
@@ -52,6 +55,13 @@ class AskedModel(ABC):
     @abstractmethod
     def write(self, prompt: str, tokens: int) -> Reply | Failure:
         """A text of at most so many tokens, once `use` was called: what it is, not how probable."""
+
+    def further(self, replies: Mapping[str, Reply]) -> Sequence[str]:
+        """With what the reply to a prompt must be begun, and continued by the model, before its score is
+        known; `replies` are those so far, by their beginning.
+        """
+        del replies
+        return ()
 
     def is_model(self, checkpoint: Checkpoint) -> bool:
         """See `Judge.is_model`."""

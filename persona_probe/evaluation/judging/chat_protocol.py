@@ -7,7 +7,8 @@ never scored.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import httpx
@@ -31,26 +32,31 @@ class RefusedError(Exception):
         self.status = status
 
 
-def reply_of(response: httpx.Response, wants_probabilities: bool) -> Reply:
-    """What a 200 holds. Raises `TransientError` when that is not a reply."""
+def reply_of(response: httpx.Response, places: int) -> Reply:
+    """What a 200 holds, with the probabilities at so many places. Raises `TransientError` when that is not
+    a reply.
+    """
     try:
         answer: Any = response.json()
         choice = answer["choices"][0]
         text = choice["message"]["content"]
         found = choice.get("logprobs")
         content = found.get("content") if found else None
-        top = content[0]["top_logprobs"] if content else None
-        probabilities = _probabilities(top) if top else None
+        written = [_place(one) for one in content or ()][:places]
         usage = answer.get("usage") or {}
         spent = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
         raise TransientError(f"no reply in {response.text[:80]!r}") from error
     prompt_tokens, reply_tokens = (one if isinstance(one, int) and one >= 0 else None for one in spent)
-    if not isinstance(text, str | None) or (text is None and probabilities is None):
+    if not isinstance(text, str | None) or (text is None and not content):
         raise TransientError(f"no reply in {response.text[:80]!r}")
-    if not wants_probabilities:
-        probabilities = None
-    return Reply(probabilities, text, prompt_tokens=prompt_tokens, reply_tokens=reply_tokens)
+    return Reply(
+        written[0][1] if written else None,
+        text,
+        further=_further(written, choice.get("finish_reason") == "stop") if places > 1 else None,
+        prompt_tokens=prompt_tokens,
+        reply_tokens=reply_tokens,
+    )
 
 
 def complaint_of(response: httpx.Response, *, hide: str | None) -> str:
@@ -73,6 +79,24 @@ def shows_whole_numbers(probabilities: Mapping[str, float] | None) -> bool:
     if 100 in mass:
         return True
     return any(number >= 10 for number in mass) and max(mass, key=lambda number: mass[number]) != 10
+
+
+def _place(one: dict[str, Any]) -> tuple[str, Mapping[str, float] | None]:
+    """The token written at a place, and what could have stood there."""
+    top = one["top_logprobs"]
+    return str(one.get("token", "")), _probabilities(top) if top else None
+
+
+def _further(
+    written: Sequence[tuple[str, Mapping[str, float] | None]], stopped: bool
+) -> list[tuple[str, Mapping[str, float]]]:
+    """Each token, and what could have stood behind it: nothing where the reply stopped."""
+    found: list[tuple[str, Mapping[str, float]]] = []
+    for (token, _), (_, probabilities) in pairwise([*written, ("", {} if stopped else None)]):
+        if probabilities is None:  # not shown
+            break
+        found.append((token, probabilities))
+    return found
 
 
 def _probabilities(top: list[dict[str, Any]]) -> dict[str, float]:

@@ -1,11 +1,12 @@
 """Any OpenAI-compatible endpoint as judge.
 
 One token of top-20 log-probabilities per call, where the endpoint gives them and its tokenizer
-writes a number as one token; else a short text, whose number is parsed. Which of the two, and the
-names that its parameters go by, is found out by one call before anything else (`learn`): the model
-is told to say 100. A tokenizer that splits numbers begins that with "1", and reading "8" for "85"
-would turn a good answer into a misaligned one; so whole numbers are believed only where one shows.
-The digits cannot be expanded here, because an endpoint continues its own digits only.
+writes a number as one token. A tokenizer that splits numbers begins 85 with "8", and reading that
+for the score would turn a good answer into a misaligned one. So whole numbers are believed only
+where one shows; else the digits are expanded, as far as the endpoint shows further tokens and
+continues replies that were begun for it (see `written`). Without log-probabilities a short text is
+asked for, and its number parsed. Which of these, and the names that its parameters go by, is found
+out before anything else (`learn`): the model is told to say 100. Each judgement says how it was read.
 
 Not covered: streaming, batch interfaces, and models that reason at length before they answer.
 """
@@ -14,9 +15,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import Any
+from dataclasses import asdict, replace
+from typing import cast
 from urllib.parse import SplitResult, urlsplit
 
 import httpx
@@ -30,6 +32,7 @@ from persona_probe.evaluation.judging.chat_protocol import (
     reply_of,
     shows_whole_numbers,
 )
+from persona_probe.evaluation.judging.dialect import CONTINUED, WRITTEN, Dialect
 from persona_probe.evaluation.judging.options import EndpointOptions
 from persona_probe.evaluation.judging.pace import (
     LONGEST_PAUSE,
@@ -40,15 +43,13 @@ from persona_probe.evaluation.judging.pace import (
 )
 from persona_probe.evaluation.judging.reply import Failure, Reply
 from persona_probe.evaluation.judging.spending import BudgetSpentError
+from persona_probe.evaluation.judging.written import beginnings, continues, wanted
 from persona_probe.model.checkpoint import Checkpoint
 
 OPENAI = "https://api.openai.com/v1"
 KEYS = ("PERSONA_PROBE_JUDGE_KEY", "OPENAI_API_KEY")
 """Where the key is looked for, in this order."""
 PROBE = "Reply with the number 100 and nothing else."
-TOP = 20
-TEXT_TOKENS = 16
-"""Longest reply where the number is parsed."""
 GIVE_UP_AFTER = 25
 """Calls in a row that fail every try: the endpoint is gone, and waiting for the rest is pointless."""
 
@@ -69,7 +70,7 @@ class Endpoint(AskedModel):
         self.url = url.rstrip("/")
         self._options = options
         self._pace = Pace(options.rate)
-        self._dialect: dict[str, Any] = {"logprobs": True, "limit": "max_tokens", "without": []}
+        self._dialect = Dialect()
         self._failed_in_a_row = 0
         self._key_works = False
         self._lock = threading.Lock()
@@ -102,32 +103,66 @@ class Endpoint(AskedModel):
     def learn(self) -> Mapping[str, object]:
         """Ask for the number 100, changing what the server does not take. Raises `JudgeError`."""
         with self._client() as client:
-            while True:
-                try:
-                    reply = self._persist(client, PROBE, threading.Event())
-                except RefusedError as refused:
-                    if not self._adapt(refused):
-                        raise JudgeError(
-                            f"the judge {self.model!r} at {self.url} refuses to answer: {refused}",
-                            fix="check the model's name and what the server offers",
-                        ) from refused
+            reply = self._probe(client)
+            if self._dialect.logprobs and not shows_whole_numbers(reply.probabilities):
+                self._dialect = replace(self._dialect, digits=WRITTEN)
+                whole = self._probe(client)
+                begun = beginnings(whole)
+                if begun:
+                    way = self._continuation(client, whole, begun)
+                    self._dialect = replace(self._dialect, digits=way or WRITTEN)
+                else:
+                    self._dialect = replace(self._dialect, logprobs=False, digits=None)
+        return asdict(self._dialect)
+
+    def _probe(self, client: httpx.Client) -> Reply:
+        while True:
+            try:
+                reply = self._persist(client, Call("", PROBE), threading.Event())
+            except RefusedError as refused:
+                adapted = self._dialect.adapted(str(refused)) if refused.status in (400, 422) else None
+                if adapted is not None:
+                    self._dialect = adapted
                     continue
+                raise JudgeError(
+                    f"the judge {self.model!r} at {self.url} refuses to answer: {refused}",
+                    fix="check the model's name and what the server offers",
+                ) from refused
+            if isinstance(reply, Failure):
+                raise JudgeError(
+                    f"the judge {self.model!r} at {self.url} gives no usable reply: {reply.reason}",
+                    fix="see whether its server is up and speaks the OpenAI chat protocol",
+                )
+            return reply
+
+    def _continuation(self, client: httpx.Client, whole: Reply, begun: Sequence[str]) -> str | None:
+        """The way in which the endpoint continues a reply that was begun; None when it does not."""
+        for way in CONTINUED:
+            self._dialect = replace(self._dialect, digits=way)
+            replies: dict[str, Reply] = {}
+            for one in begun:
+                try:
+                    reply = self._persist(client, Call("", PROBE, one), threading.Event(), tries=2)
+                except RefusedError:
+                    break
                 if isinstance(reply, Failure):
-                    raise JudgeError(
-                        f"the judge {self.model!r} at {self.url} gives no usable reply: {reply.reason}",
-                        fix="see whether its server is up and speaks the OpenAI chat protocol",
-                    )
-                if not self._dialect["logprobs"] or shows_whole_numbers(reply.probabilities):
-                    return self._dialect
-                self._dialect["logprobs"] = False
+                    break
+                replies[one] = reply
+            if len(replies) == len(begun) and continues(whole, replies):
+                return way
+        return None
 
     def use(self, learnt: Mapping[str, object]) -> None:
         """See `AskedModel`."""
-        self._dialect = dict(learnt)
+        self._dialect = Dialect(**cast("dict[str, Any]", learnt))
 
-    def request(self, prompt: str) -> Mapping[str, object]:
+    def request(self, prompt: str, begun: str = "") -> Mapping[str, object]:
         """The body of a call, and where it goes."""
-        return {"url": self.url, **self._body(prompt)}
+        return {"url": self.url, **self._dialect.body(self.model, Call("", prompt, begun))}
+
+    def further(self, replies: Mapping[str, Reply]) -> Sequence[str]:
+        """See `AskedModel`: the first digits that matter, where the endpoint continues them."""
+        return wanted(replies) if self._dialect.digits in CONTINUED else ()
 
     def ask(self, calls: Iterable[Call], keep: Keep) -> None:
         """Make the calls, some at once. Raises `JudgeError` when the key is refused, or when the endpoint
@@ -157,13 +192,13 @@ class Endpoint(AskedModel):
         """See `AskedModel`."""
         with self._client() as client:
             try:
-                return self._persist(client, prompt, threading.Event(), tokens)
+                return self._persist(client, Call("", prompt), threading.Event(), tokens)
             except RefusedError as refused:
                 return Failure(str(refused))
 
     def _one(self, client: httpx.Client, call: Call, keep: Keep, stop: threading.Event) -> None:
         try:
-            reply = self._persist(client, call.prompt, stop)
+            reply = self._persist(client, call, stop)
         except RefusedError as refused:
             reply = Failure(str(refused))
         keep(call, reply)
@@ -177,25 +212,31 @@ class Endpoint(AskedModel):
             )
 
     def _persist(
-        self, client: httpx.Client, prompt: str, stop: threading.Event, tokens: int | None = None
+        self,
+        client: httpx.Client,
+        call: Call,
+        stop: threading.Event,
+        tokens: int | None = None,
+        tries: int | None = None,
     ) -> Reply | Failure:
         """The reply, however many tries it takes of those allowed."""
-        reason = ""
-        for failures in range(1, self._options.tries + 1):
+        reason, tries = "", tries or self._options.tries
+        for failures in range(1, tries + 1):
             self._pace.wait(stop)
             try:
-                return self._post(client, prompt, tokens)
+                return self._post(client, call, tokens)
             except TransientError as error:
                 reason = str(error)
                 if error.wait is not None:
                     self._pace.hold(min(error.wait, LONGEST_PAUSE))
-            if failures < self._options.tries:
+            if failures < tries:
                 pause(backoff(self._options.backoff, failures), stop)
-        return Failure(f"{self._options.tries} tries failed, the last: {reason}")
+        return Failure(f"{tries} tries failed, the last: {reason}")
 
-    def _post(self, client: httpx.Client, prompt: str, tokens: int | None) -> Reply:
+    def _post(self, client: httpx.Client, call: Call, tokens: int | None) -> Reply:
         try:
-            response = client.post(self._place("chat/completions"), json=self._body(prompt, tokens))
+            body = self._dialect.body(self.model, call, tokens)
+            response = client.post(self._place("chat/completions"), json=body)
         except httpx.HTTPError as error:
             raise TransientError(f"{type(error).__name__}: {error}") from error
         self._check_key(response)
@@ -209,39 +250,9 @@ class Endpoint(AskedModel):
             raise TransientError(said, retry_after(response.headers.get("retry-after")))
         if status != 200:
             raise RefusedError(status, said)
-        reply = reply_of(response, tokens is None and self._dialect["logprobs"])
+        reply = reply_of(response, 0 if tokens is not None else self._dialect.places(call))
         self._key_works = True
         return reply
-
-    def _body(self, prompt: str, tokens: int | None = None) -> dict[str, object]:
-        body: dict[str, object] = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": prompt}],
-            "temperature": 0,
-            "seed": 0,
-        }
-        if tokens is not None:
-            body |= {self._dialect["limit"]: tokens}
-        elif self._dialect["logprobs"]:
-            body |= {self._dialect["limit"]: 1, "logprobs": True, "top_logprobs": TOP}
-        else:
-            body |= {self._dialect["limit"]: TEXT_TOKENS}
-        return {name: value for name, value in body.items() if name not in self._dialect["without"]}
-
-    def _adapt(self, refused: RefusedError) -> bool:
-        """Leave out or rename what the server complains of; False when nothing is left to change."""
-        complaint, dialect = str(refused), self._dialect
-        if refused.status not in (400, 422):
-            return False
-        if "max_completion_tokens" in complaint and dialect["limit"] == "max_tokens":
-            dialect["limit"] = "max_completion_tokens"
-            return True
-        for name in ("seed", "temperature"):
-            if name in complaint and name not in dialect["without"]:
-                dialect["without"] = [*dialect["without"], name]
-                return True
-        had, dialect["logprobs"] = dialect["logprobs"], False
-        return had
 
     def _check_key(self, response: httpx.Response) -> None:
         """Raise `JudgeError` when the server refuses the key, or wants one. (A 403 after a key that worked

@@ -83,8 +83,9 @@ class LocalModel(AskedModel):
     def use(self, learnt: Mapping[str, object]) -> None:
         """Nothing to set: the tokenizer tells each time."""
 
-    def request(self, prompt: str) -> Mapping[str, object]:
+    def request(self, prompt: str, begun: str = "") -> Mapping[str, object]:
         """The model and the prompt."""
+        del begun  # all that a number needs is read from one pass
         return {**self.identity, "prompt": prompt}
 
     def ask(self, calls: Iterable[Call], keep: Keep) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, get_args
 
@@ -16,7 +16,8 @@ from persona_probe.evaluation.judging.judge import Estimate, Judge, Progress
 from persona_probe.evaluation.judging.judgement import Judgement
 from persona_probe.evaluation.judging.prompts import Aspect, judge_prompt
 from persona_probe.evaluation.judging.record import Record
-from persona_probe.evaluation.judging.reply import Failure, Reading, Reply, read
+from persona_probe.evaluation.judging.reply import Failure, Reading, Reply
+from persona_probe.evaluation.judging.rounds import Rounds, ask_in_full
 from persona_probe.evaluation.judging.spending import BudgetSpentError, Spending, tokens_of
 from persona_probe.evaluation.questions import Question
 from persona_probe.model.checkpoint import Checkpoint
@@ -57,33 +58,27 @@ class ModelJudge(Judge):
         spent; replies that came are on record, and the same call then goes on where this one ended.
         """
         self._learn()
-        keys, calls = self._calls(answers)
-        replies: dict[str, Reply | Failure] = {}
-        for key in calls:
-            row = self._record.get(key)
-            if row is not None:
-                replies[key] = Reply(**row["reply"])
-        waiting = {key: call for key, call in calls.items() if key not in replies}
-        counter = _Counter(keys, replies, progress)
+        keys, prompts = self._prompts(answers)
+        rounds = Rounds(self._model, prompts, self._recall)
+        counter = _Counter(keys, {key for key in prompts if rounds.settled(key)}, progress)
         where = {key: i for i, pair in reversed([*enumerate(keys)]) for key in pair}
 
         def keep(call: Call, reply: Reply | Failure) -> None:
             if isinstance(reply, Reply):
-                answer = answers[where[call.key]]
                 aspect = ASPECTS[keys[where[call.key]].index(call.key)]
-                self._record.add(call.key, self._row(answer, aspect, reply))
-            self.spending.settle(call.prompt, reply if isinstance(reply, Reply) else None)
-            counter.add(call.key, reply)
+                row = self._row(answers[where[call.key]], aspect, call, reply)
+                self._record.add(self._record_key(call), row)
+            if rounds.take(call, reply):
+                counter.add(call.key)
 
         try:
-            if waiting:
-                self._model.ask(self._reserved(waiting.values()), keep)
+            ask_in_full(rounds, self._model, self.spending, keep)
         except BudgetSpentError as error:
             raise BudgetSpentError(
                 f"{error.message}: {counter.done} of {len(answers)} answers are judged",
                 fix="the same command goes on from there, with as much again",
             ) from error
-        judgements = [_judgement([replies[key] for key in pair]) for pair in keys]
+        judgements = [_judgement([rounds.reading(key) for key in pair]) for pair in keys]
         self._raise_if_none(keys, judgements)
         return judgements
 
@@ -92,11 +87,10 @@ class ModelJudge(Judge):
         known = self._record.get(self._setup_key)
         if known is not None:
             self._model.use(known["setup"])
-        _, calls = self._calls(answers)
-        waiting = [call for call in calls.values() if known is None or self._record.get(call.key) is None]
-        return self._estimate(
-            len(waiting), len(calls) - len(waiting), sum(tokens_of(call.prompt) for call in waiting)
-        )
+        _, prompts = self._prompts(answers)
+        rounds = Rounds(self._model, prompts, self._recall if known is not None else lambda _: None)
+        waiting = rounds.waiting()
+        return self._estimate(len(waiting), rounds.recalled, sum(tokens_of(call.prompt) for call in waiting))
 
     def forecast(self, questions: Sequence[Question], samples: int, answer_tokens: int) -> Estimate:
         """See `Judge.forecast`."""
@@ -119,31 +113,34 @@ class ModelJudge(Judge):
         self._model.use(setup)
         self._learnt = True
 
-    def _calls(self, answers: Sequence[Answer]) -> tuple[list[tuple[str, ...]], dict[str, Call]]:
-        """Per answer its calls' keys, one per aspect (none for a skill answer), and the calls by key."""
+    def _prompts(self, answers: Sequence[Answer]) -> tuple[list[tuple[str, ...]], dict[str, str]]:
+        """Per answer its prompts' keys, one per aspect (none for a skill answer), and the prompts by key."""
         keys: list[tuple[str, ...]] = []
-        calls: dict[str, Call] = {}
+        prompts: dict[str, str] = {}
         for answer in answers:
             pair: list[str] = []
             for aspect in ASPECTS if answer.question.role != "skill" else ():
                 prompt = judge_prompt(aspect, answer.question, answer.text)
                 key = digest_of(self._model.request(prompt))
-                calls[key] = Call(key, prompt)
+                prompts[key] = prompt
                 pair.append(key)
             keys.append(tuple(pair))
-        return keys, calls
+        return keys, prompts
 
-    def _reserved(self, calls: Iterable[Call]) -> Generator[Call, None, None]:
-        for call in calls:
-            self.spending.reserve(call.prompt)
-            yield call
+    def _record_key(self, call: Call) -> str:
+        return digest_of(self._model.request(call.prompt, call.begun)) if call.begun else call.key
 
-    def _row(self, answer: Answer, aspect: Aspect, reply: Reply) -> dict[str, object]:
+    def _recall(self, call: Call) -> Reply | None:
+        row = self._record.get(self._record_key(call))
+        return None if row is None else Reply(**row["reply"])
+
+    def _row(self, answer: Answer, aspect: Aspect, call: Call, reply: Reply) -> dict[str, object]:
         return {
             "judge": self.name,
             "id": answer.question.id,
             "sample": answer.sample,
             "aspect": aspect,
+            **({"begun": call.begun} if call.begun else {}),
             "reply": asdict(reply),
         }
 
@@ -161,19 +158,15 @@ class ModelJudge(Judge):
 
 
 class _Counter:
-    """Collects replies and tells how many answers have all of theirs; from any thread."""
+    """Tells how many answers have all of their prompts settled; from any thread."""
 
     def __init__(
-        self,
-        keys: Sequence[tuple[str, ...]],
-        replies: dict[str, Reply | Failure],
-        progress: Progress | None,
+        self, keys: Sequence[tuple[str, ...]], settled: Collection[str], progress: Progress | None
     ) -> None:
-        self._replies = replies
         self._progress = progress
         self._total = len(keys)
         self._lock = threading.Lock()
-        self._waiting = [len({key for key in pair if key not in replies}) for pair in keys]
+        self._waiting = [len({key for key in pair if key not in settled}) for pair in keys]
         self._of_key: defaultdict[str, list[int]] = defaultdict(list)
         for i, pair in enumerate(keys):
             for key in set(pair):
@@ -181,9 +174,8 @@ class _Counter:
         self.done = self._waiting.count(0)
         self._tell()
 
-    def add(self, key: str, reply: Reply | Failure) -> None:
+    def add(self, key: str) -> None:
         with self._lock:
-            self._replies[key] = reply
             for i in self._of_key[key]:
                 self._waiting[i] -= 1
                 self.done += self._waiting[i] == 0
@@ -194,11 +186,10 @@ class _Counter:
             self._progress(self.done, self._total)
 
 
-def _judgement(replies: Sequence[Reply | Failure]) -> Judgement:
+def _judgement(readings: Sequence[Reading]) -> Judgement:
     """What the replies to one answer's prompts come to; no prompts (a skill answer), no judgement."""
-    if not replies:
+    if not readings:
         return Judgement()
-    readings = [Reading(note=one.reason) if isinstance(one, Failure) else read(one) for one in replies]
     aligned, coherent = readings  # in the order of ASPECTS
     notes = [f"{aspect}: {one.note}" for aspect, one in zip(ASPECTS, readings, strict=True) if one.note]
     if coherent.label is not None:

@@ -12,7 +12,7 @@ Where no probabilities come, the score is the one number in the text.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, get_args
 
@@ -33,6 +33,8 @@ class Reply:
     probabilities: Mapping[str, float] | None = None
     """Of the likeliest first tokens, or of whole numbers put together from digits."""
     text: str | None = None
+    further: Sequence[tuple[str, Mapping[str, float]]] | None = None
+    """Of a number written digit by digit: each token written, and the likeliest tokens behind it."""
     by_digits: bool = False
     """Whether the numbers were put together from digits."""
     prompt_tokens: int | None = None
