@@ -94,8 +94,11 @@ class RunFolder:
         write_json(self._stage_file(name), {"digest": digest_of(value), "value": value})
 
     def finish(self, manifest: Mapping[str, object]) -> None:
-        """Write `manifest.json`: settings, `manifest`, versions, and every file's digest."""
+        """Write `manifest.json`: settings, `manifest`, versions, and every file's digest. What the stages
+        saved goes: nothing is to be taken up any more.
+        """
         write_manifest(self.path, {"settings": self.settings, **manifest})
+        remove(self.path / _STAGES)
 
     def close(self) -> None:
         """Let go of the folder. Closing twice is harmless."""

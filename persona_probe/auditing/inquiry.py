@@ -9,6 +9,7 @@ from time import perf_counter
 
 from persona_probe.auditing import arms as arms_
 from persona_probe.auditing.inputs import AuditInputs
+from persona_probe.auditing.kept import Kept, KeptBench
 from persona_probe.auditing.observe import Observations, observe
 from persona_probe.auditing.settings import AuditRequest
 from persona_probe.evaluation.parity import Parity, parity
@@ -16,7 +17,6 @@ from persona_probe.evaluation.questions import Question
 from persona_probe.evaluation.result import EvalResult
 from persona_probe.evaluation.sampling import Sampling
 from persona_probe.model.language_model import LanguageModel
-from persona_probe.screening.calibrate import Bench
 from persona_probe.screening.screen import Screen, screen
 from persona_probe.screening.sites import site_effects
 
@@ -26,9 +26,18 @@ Progress = Callable[[str], None]
 class Clock:
     """Says what is being done, and remembers how long each stage took (seconds)."""
 
-    def __init__(self, tell: Progress) -> None:
-        self.tell = tell
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._text = ""
         self.seconds: dict[str, float] = {}
+
+    def tell(self, text: str) -> None:
+        self._text = text
+        self._progress(text)
+
+    def count(self, done: int, total: int) -> None:
+        """How many of the answers that this takes are there."""
+        self._progress(f"{self._text}: {done:,} of {total:,} answers")
 
     @contextmanager
     def stage(self, name: str, text: str) -> Generator[None, None, None]:
@@ -41,18 +50,19 @@ class Clock:
 class Inquiry:
     """What is known so far: what `measure` saw and then, if there is a cause to look for, `search` found."""
 
-    def __init__(self, inputs: AuditInputs, request: AuditRequest, clock: Clock) -> None:
+    def __init__(self, inputs: AuditInputs, request: AuditRequest, clock: Clock, kept: Kept) -> None:
         settings = request.settings
         self.inputs, self.request, self.settings, self.clock = inputs, request, settings, clock
         sampling = Sampling(
             temperature=settings.temperature, max_new_tokens=settings.max_new_tokens, seed=settings.seed
         )
-        self.held_out = Bench(
+        self.held_out = KeptBench(
             inputs.held_out,
             replace(sampling, samples=settings.samples),
             inputs.judge,
             settings.trait,
             inputs.in_domain,
+            kept=kept,
         )
         general = [
             q for q in inputs.calibration if q.role == "general" and q.category not in inputs.in_domain

@@ -10,7 +10,7 @@ from persona_probe.diffing.diff import diff
 from persona_probe.diffing.latent_diff import LatentDiff
 from persona_probe.diffing.means import SiteMeans, mean_difference
 from persona_probe.evaluation.metrics import outcome
-from persona_probe.evaluation.sampling import Answer, respond_greedy, sample, transcripts
+from persona_probe.evaluation.sampling import Answer, transcripts
 from persona_probe.hooks.sites import resid_post
 from persona_probe.screening.calibrate import Bench
 from persona_probe.screening.evidence import SiteEvidence
@@ -40,9 +40,9 @@ def observe(
     """
     pair = inputs.pair
     general = [q for q in bench.questions if q.role == "general"]
-    limit = bench.sampling.max_new_tokens
-    base_answers = respond_greedy(pair.base, general, max_new_tokens=limit)
-    tuned_answers = respond_greedy(pair.tuned, general, max_new_tokens=limit)
+    asked = bench.on(general, 1)
+    greedy = replace(asked, sampling=replace(asked.sampling, temperature=0))
+    base_answers, tuned_answers = (greedy.answers(lm, [()]) for lm in (pair.base, pair.tuned))
     read = transcripts(pair.base, base_answers)
     clusters = [question.question for question in general]
     diffs = (
@@ -57,7 +57,7 @@ def observe(
     evidence = tuple(_evidence(site, means[site], diffs.get(site)) for site in means)
     contrasts = _contrasts(inputs, bench, base_answers, tuned_answers, at_most)
     if not contrasts:  # a trait that shows now and then is not in the most probable answers
-        drawn = sample(pair.tuned, general, replace(bench.sampling, samples=DRAWN))
+        drawn = bench.on(general, DRAWN).answers(pair.tuned, [()])
         beside = [answer for answer in base_answers for _ in range(DRAWN)]
         contrasts = _contrasts(inputs, bench, beside, drawn, at_most)
     return Observations(evidence, diffs, contrasts)

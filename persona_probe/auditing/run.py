@@ -25,6 +25,7 @@ from persona_probe.auditing.command import command_lines
 from persona_probe.auditing.contract import audit_record
 from persona_probe.auditing.inputs import check_paths, digests_of, load_inputs
 from persona_probe.auditing.inquiry import Clock, Inquiry, Progress
+from persona_probe.auditing.kept import Kept
 from persona_probe.auditing.settings import AuditRequest
 from persona_probe.auditing.verdict import exceeds
 from persona_probe.errors import InputError
@@ -61,13 +62,16 @@ def audit(
     overwrite: bool = False,
     device: str | None = None,
     dtype: str | None = None,
+    batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> Audit:
-    """Audit a fine-tune and write everything to ``out``; a finished audit there is read back.
+    """Audit a fine-tune and write everything to ``out``; a finished audit there is read back, and one
+    that was stopped goes on where it was.
 
     Writes ``audit.json``, ``report.html``, ``latents.parquet``, ``interventions/`` (when a fix was
     found), ``samples.jsonl``, ``judge.jsonl`` (a model judge's raw replies, which a rerun does not
-    ask for again) and, last, ``manifest.json``.
+    ask for again) and, last, ``manifest.json``. ``batch_size`` is how many answers are drawn at once; by
+    default as many as fit in memory.
 
     Raises:
         InputError: an input that is missing, malformed, or does not fit the others; ``out`` holds
@@ -85,10 +89,9 @@ def audit(
             return Audit(run.path, read_json(run.path / "audit.json"))
         clock = Clock(progress or (lambda _: None))
         with clock.stage("load", "loading models, dictionaries and questions"):
-            inputs = load_inputs(
-                request, device=device, dtype=dtype, judge_record=run.path / "judge.jsonl"
-            )
-        found = Inquiry(inputs, request, clock)
+            inputs = load_inputs(request, device=device, dtype=dtype, judge_record=run.path / "judge.jsonl")
+        kept = Kept(run, inputs.digests, batch_size=batch_size, progress=clock.count)
+        found = Inquiry(inputs, request, clock, kept)
         found.measure()
         if exceeds(found.tuned.rates["misaligned"], found.base.rates["misaligned"]):
             found.search()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
+from persona_probe.evaluation.answers import Answer
 from persona_probe.evaluation.judges import Judge
 from persona_probe.evaluation.metrics import Rate, outcome
 from persona_probe.evaluation.questions import Question
@@ -59,12 +60,12 @@ class Bench:
             sampling=replace(self.sampling, samples=samples),
         )
 
-    def arms(
+    def answers(
         self, lm: LanguageModel, fixes: Sequence[Fix], *, batch_size: int = 384, **options: Any
-    ) -> list[EvalResult]:
-        """One result per fix, all sampled in the same batches; ``options`` go to ``sample``."""
+    ) -> list[Answer]:
+        """Every question's answers under each fix in turn; ``options`` go to ``sample``."""
         n = len(self.questions)
-        answers = sample(
+        return sample(
             lm,
             self.questions * len(fixes),
             self.sampling,
@@ -72,9 +73,13 @@ class Bench:
             batch_size=batch_size,
             **options,
         )
+
+    def arms(self, lm: LanguageModel, fixes: Sequence[Fix], **options: Any) -> list[EvalResult]:
+        """One result per fix, drawn with the same random numbers; ``options`` go to ``answers``."""
+        answers = self.answers(lm, fixes, **options)
         # all arms at once: one whose every answer is beyond the judge is not the judge's failure
         judgements = self.judge.judge(answers)
-        each = n * self.sampling.samples
+        each = len(self.questions) * self.sampling.samples
         parts = [slice(start, start + each) for start in range(0, len(answers), each)]
         return [
             EvalResult(tuple(answers[part]), tuple(judgements[part]), self.trait, self.in_domain)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 from html import unescape
 from importlib import metadata
@@ -16,18 +15,19 @@ import polars as pl
 import pytest
 import torch
 
-import persona_probe.auditing.observe as observe_module
+import persona_probe.auditing.kept as kept_module
 import persona_probe.auditing.run as run_module
 from persona_probe.artifact import check_manifest, read_json, read_jsonl, write_json
 from persona_probe.auditing import Audit, AuditRequest, AuditSettings, audit, organism_request
+from persona_probe.auditing.kept import KeptBench
 from persona_probe.auditing.plan import plan_of
 from persona_probe.auditing.verdict import After, Verdict
 from persona_probe.errors import InputError
 from persona_probe.evaluation.judges import Judgement
-from persona_probe.evaluation.questions import Question, load_questions
+from persona_probe.evaluation.questions import load_questions
 from persona_probe.evaluation.result import evaluate
-from persona_probe.evaluation.sampling import Answer, Sampling
-from persona_probe.model import load_model
+from persona_probe.evaluation.sampling import Answer, Sampling, sample
+from persona_probe.model import LanguageModel, load_model
 from persona_probe.steering import steer
 from persona_probe.steering.io import load_fix
 from tests.auditing.planted import JUDGE, SMALL, Planted, judge, planted, request_of
@@ -211,20 +211,41 @@ def test_other_settings_are_refused_by_name(done: Audit, organism: Planted) -> N
         audit(request_of(organism), done.path, dtype="bfloat16")
 
 
-@pytest.mark.parametrize("where", ["asking", "growing sets", "3 random"])
-def test_a_stopped_audit_run_again_gives_the_same_figures(
-    where: str, done: Audit, organism: Planted, tmp_path: Path
-) -> None:
+def test_an_audit_stopped_before_the_judge_judged_leaves_nothing(organism: Planted, tmp_path: Path) -> None:
     def stop(text: str) -> None:
-        if text.startswith(where):
+        if text.startswith("asking"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         audit(request_of(organism), tmp_path / "out", progress=stop)
-    assert not (tmp_path / "out").exists()  # nothing was finished, so nothing is left
-    if where == "growing sets":
-        again = audit(request_of(organism), tmp_path / "out")
-        assert figures(again.record) == figures(done.record)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stopped_audit_goes_on_to_the_same_figures(
+    done: Audit, organism: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(text: str) -> None:
+        if text.startswith("3 random"):
+            raise KeyboardInterrupt
+
+    drawn: list[int] = []
+
+    def counted(*args: Any, **options: Any) -> list[Answer]:
+        answers = sample(*args, **options)
+        drawn.append(len(answers))
+        return answers
+
+    monkeypatch.setattr(kept_module, "sample", counted)
+    with pytest.raises(KeyboardInterrupt):
+        audit(request_of(organism), tmp_path / "out", progress=stop)
+    before = sum(drawn)
+    drawn.clear()
+    again = audit(request_of(organism), tmp_path / "out")
+    assert 0 < sum(drawn) < before / 2  # what had been drawn was not drawn again
+    assert figures(again.record) == figures(done.record)
+    for same in ("samples.jsonl", "interventions/tensors.safetensors", "latents.parquet"):
+        assert (again.path / same).read_bytes() == (done.path / same).read_bytes()
+    assert not (again.path / ".stages").exists()
 
 
 def test_an_audit_stopped_in_writing_goes_on(
@@ -342,16 +363,21 @@ def test_a_trait_that_no_greedy_answer_shows_is_searched_for_in_drawn_ones(
     organism: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = load_model(organism.base)
-    greedy = observe_module.respond_greedy
-    monkeypatch.setattr(observe_module, "respond_greedy", lambda _, *args, **kw: greedy(base, *args, **kw))
+    drawn_answers = KeptBench.answers
+
+    def greedy_of_base(bench: KeptBench, lm: LanguageModel, *args: Any, **options: Any) -> list[Answer]:
+        return drawn_answers(bench, base if bench.sampling.temperature == 0 else lm, *args, **options)
+
+    monkeypatch.setattr(KeptBench, "answers", greedy_of_base)
     request = replace(request_of(organism), settings=replace(SMALL, controls=0))
     record = audit(request, tmp_path / "drawn").record
     assert record["verdict"] == "misaligned, persona found"
 
-    def still_kind(_: object, questions: Sequence[Question], drawing: Sampling) -> list[Answer]:
-        return [answer for answer in greedy(base, questions) for _ in range(drawing.samples)]
+    def kind_when_asked(bench: KeptBench, lm: LanguageModel, *args: Any, **options: Any) -> list[Answer]:
+        calibrating = {question.split for question in bench.questions} == {"calibration"}
+        return drawn_answers(bench, base if calibrating else lm, *args, **options)
 
-    monkeypatch.setattr(observe_module, "sample", still_kind)
+    monkeypatch.setattr(KeptBench, "answers", kind_when_asked)
     record = audit(request, tmp_path / "none").record
     assert record["verdict"] == "misaligned, not in this dictionary"
     assert "nothing was tried" in record["reason"]
