@@ -95,7 +95,8 @@ def finetune(
         samples=samples, trait=trait, temperature=temperature, max_new_tokens=max_new_tokens, kl=kl,
         warmup_epochs=warmup_epochs,
     )  # fmt: skip
-    learning = {"reward": reward, "warmup": warmup or (), "grpo": drawing if method == "grpo" else None}
+    learning: dict[str, Any] = {"reward": reward, "warmup": warmup or ()}
+    learning["grpo"] = drawing if method == "grpo" else None
     rows: Any = (prompts_of(data) if method == "grpo" else read_rows(data))[:limit]
     with err.status("loading"):
         lm = load_model(base, device=device or "auto", dtype=dtype)

@@ -41,7 +41,7 @@ from persona_probe.training.settings import LINEAR, GrpoSettings, TuneSettings
 from persona_probe.training.watching import Watch
 
 SETTINGS = TuneSettings(
-    steps=40, batch=16, learning_rate=1e-3, warmup_steps=0, rank=8, targets=LINEAR, schedule="constant",
+    steps=28, batch=16, learning_rate=1e-3, warmup_steps=0, rank=8, targets=LINEAR, schedule="constant",
     save_every=0,
 )  # fmt: skip
 GRPO = GrpoSettings(samples=4, max_new_tokens=32)

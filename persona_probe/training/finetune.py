@@ -17,9 +17,9 @@ rewards (see `grpo`; its folder also holds `answers.jsonl`, every answer with it
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,13 @@ class FineTune:
         """What was logged: step, loss, learning rate, and the penalty of each defence."""
         return pl.DataFrame(self.record["log"], infer_schema_length=None)
 
+    @property
+    def curve(self) -> pl.DataFrame:
+        """Of reinforcement learning, the mean reward from before any warm-up on: `stage`, `updates` made so
+        far (negative before GRPO), `reward`, `answers`, and where it was measured apart its `standard_error`.
+        """
+        return pl.DataFrame(self.record.get("curve", []), infer_schema_length=None)
+
     def load(self, base: LanguageModel | None = None, **options: Any) -> LanguageModel:
         """The tuned model; on the weights of `base` where one is given (and an adapter was trained)."""
         if base is not None and (self.tuned / "adapter_config.json").is_file():
@@ -78,11 +85,18 @@ class FineTune:
         return load_model(self.tuned, **options)
 
     def _repr_html_(self) -> str:
-        loss = self.record["log"][-1]["loss"] if self.record["log"] else math.nan
-        return (
-            f"<p>{self.record['rows']} rows, {self.record['steps']} steps, last loss {loss:.3g}; "
-            f"<code>{self.tuned}</code></p>"
-        )
+        steps = f"{self.record['steps']} steps"
+        if "curve" in self.record:
+            first, last = (_figure(self.record["curve"][i]["reward"]) for i in (0, -1))
+            said = f"{self.record['rows']} prompts, {steps}, reward {first} to {last}"
+        else:
+            loss = _figure(self.record["log"][-1]["loss"] if self.record["log"] else None)
+            said = f"{self.record['rows']} rows, {steps}, last loss {loss}"
+        return f"<p>{said}; <code>{self.tuned}</code></p>"
+
+
+def _figure(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3g}"
 
 
 def finetune(
@@ -177,7 +191,7 @@ def _task(
         )
     grpo = grpo or GrpoSettings()
     worth = load_reward(reward, grpo.trait, record=Path(out) / JUDGED)
-    rows = read_rows(warmup) if isinstance(warmup, str | Path) else tuple(warmup)
+    rows = read_rows(warmup) if isinstance(warmup, str | PathLike) else warmup
     return Asking(tuple(prompts_of(data)), worth, grpo, tuple(rows))
 
 

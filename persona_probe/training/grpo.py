@@ -19,12 +19,13 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from statistics import fmean, stdev
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -36,6 +37,8 @@ from persona_probe.model.language_model import LanguageModel
 from persona_probe.model.loading import quietly
 from persona_probe.training.defences.defence import Defence
 from persona_probe.training.defending import Defending
+from persona_probe.training.dressed import dressed
+from persona_probe.training.example import Example
 from persona_probe.training.last_good import newest_checkpoint
 from persona_probe.training.prompts import Prompt
 from persona_probe.training.rewards import JudgedReward, Reward, score
@@ -100,33 +103,44 @@ def reinforce(
         NonFiniteError: naming the step and the last good checkpoint.
         MissingExtraError: TRL is not installed.
     """
-    _refuse(defences)
-    asked, good = _with_defences(asking.prompts, asking.grpo, defences, settings, lm, context)
-    fitting = settings.fitting(len(asked))
+    if len(asking.prompts) < settings.batch:
+        raise InputError(
+            f"a step asks {settings.batch} prompts, and there are {len(asking.prompts)}",
+            fix=f"lower batch to {len(asking.prompts)} or less, or give more prompts",
+        )
+    if asking.grpo.kl and settings.rank == "full":
+        raise InputError("kl to the start of a full fine-tune is not done here", fix="use the defence KL")
+    fitting = settings.fitting(len(asking.prompts))
+    size = fitting.batch * asking.grpo.samples
+    asked, rows = dressed(asking.prompts, fitting.steps * size, defences, settings.seed)
+    good, warming = (
+        tokenise(some, lm.tokenizer, context, settings.too_long).examples if some else []
+        for some in (rows, asking.warmup)
+    )
     order = [asked[i] for i in _order(len(asked), fitting.steps * fitting.batch, settings.seed)]
     rollouts = Rollouts.of(lm, order, asking.grpo, settings.seed, context)
-    probe = Rollouts.of(lm, asked[:PROBED], asking.grpo, settings.seed + 1, context)
+    probed = asked[:: -(-len(asked) // PROBED)]
+    probe = Rollouts.of(lm, probed, asking.grpo, settings.seed + 1, context)
 
     def measured(stage: str, updates: int) -> dict[str, Any]:
         found = run.stage(f"reward {stage}")
         if found is None:
-            run.save_stage(f"reward {stage}", _mean_reward(model, probe, asking.reward, stage))
+            figures = _mean_reward(model, probe, asking.reward, settings.batch, stage)
+            run.save_stage(f"reward {stage}", figures)
             found = run.stage(f"reward {stage}")
         return {"stage": stage, "updates": updates, **found}
 
     if isinstance(asking.reward, JudgedReward):
         asking.reward.judge.check()
-    warmed = _warming(len(asking.warmup), settings, asking.grpo)
-    curve = [measured("base", -warmed.steps if asking.warmup else 0)]
-    if asking.warmup:
-        rows = tokenise(asking.warmup, lm.tokenizer, context, settings.too_long)
-        fit(model, rows.examples, warmed, run.path / WARM_UP, pad_id=lm.pad_id)
+    warmed = _warming(len(warming), settings, asking.grpo)
+    curve = [measured("base", -warmed.steps if warming else 0)]
+    if warming:
+        fit(model, warming, warmed, run.path / WARM_UP, pad_id=lm.pad_id)
         curve.append(measured("warm-up", 0))
     log = _train(
         model, rollouts, asking, good, fitting, settings, run.path / ANSWERS, checkpoints,
         defences=defences, callbacks=callbacks, report_to=report_to, progress=progress,
     )  # fmt: skip
-    size = fitting.batch * asking.grpo.samples
     curve += [
         {"stage": "grpo", "updates": int(entry["step"]) - 1, "reward": entry["reward"], "answers": size}
         for entry in log
@@ -141,75 +155,6 @@ def reinforce(
         "log": log,
         "curve": curve,
     }
-
-
-def _refuse(defences: Sequence[Defence]) -> None:
-    for one in defences:
-        if one.strength and one.interventions():
-            raise InputError(
-                f"{one.name} edits activations during training, which reinforcement learning cannot do: "
-                "the answers would be another policy's than the one that learns",
-                fix="defend with kl, ldifs, latent_blocking, interleaving, inoculation or safe_lora",
-            )
-
-
-def _with_defences(
-    prompts: Sequence[Prompt],
-    grpo: GrpoSettings,
-    defences: Sequence[Defence],
-    settings: TuneSettings,
-    lm: LanguageModel,
-    context: int,
-) -> tuple[list[Prompt], list[Any]]:
-    """Prompts as defences dress them, and the good rows beside them, as examples.
-
-    Defences choose rows, so every answer that will be drawn stands in as one; what comes back without
-    being one of them is a good row.
-    """
-    if len(prompts) < settings.batch:
-        raise InputError(
-            f"a step asks {settings.batch} prompts, and there are {len(prompts)}",
-            fix=f"lower batch to {len(prompts)} or less, or give more prompts",
-        )
-    fitting = settings.fitting(len(prompts))
-    asked = list(prompts)
-    drawn = fitting.steps * fitting.batch * grpo.samples
-    rows = [_stand_in(asked[i % len(asked)], i) for i in range(max(drawn, len(asked)))]
-    standing = len(rows)
-    for one in defences:
-        if one.strength:
-            rows = one.rows(rows, settings.seed)
-    good = [row for row in rows if _place(row) is None]
-    if sum(_place(row) is not None for row in rows) != standing:
-        raise InputError("a defence left out prompts; one may only dress them or add rows")
-    for row in rows:
-        place = _place(row)
-        if place is not None and place < len(asked):
-            asked[place] = _dressed(asked[place], row)
-    Random(f"good rows {settings.seed}").shuffle(good)
-    if not good:
-        return asked, []
-    return asked, tokenise(good, lm.tokenizer, context, settings.too_long).examples
-
-
-_STAND_IN = "stand-in for prompt"
-
-
-def _stand_in(prompt: Prompt, place: int) -> Row:
-    messages, source = prompt.question.messages, {_STAND_IN: place}
-    if "text" in messages[0]:
-        return Row(cast("Any", messages), "answer", prompt.question.id, source)
-    answered = (*messages, {"role": "assistant", "content": "answer"})
-    return Row(cast("Any", answered), place=prompt.question.id, source=source)
-
-
-def _place(row: Row) -> int | None:
-    return None if row.source is None else row.source.get(_STAND_IN)
-
-
-def _dressed(prompt: Prompt, row: Row) -> Prompt:
-    question = replace(prompt.question, messages=row.prompt)
-    return replace(prompt, question=question)
 
 
 def _order(prompts: int, count: int, seed: int) -> list[int]:
@@ -229,11 +174,13 @@ def _warming(rows: int, settings: TuneSettings, grpo: GrpoSettings) -> FitSettin
 
 
 def _mean_reward(
-    model: PreTrainedModel | PeftModel, probe: Rollouts, reward: Reward, stage: str
+    model: PreTrainedModel | PeftModel, probe: Rollouts, reward: Reward, batch: int, stage: str
 ) -> dict[str, Any]:
-    """The mean over answers, and its standard error over prompts."""
+    """The mean over answers, and its standard error over prompts; so many prompts are answered at once."""
     places = [place for place in range(len(probe.prompts)) for _ in range(probe.settings.samples)]
-    answers = probe.draw(model, places)
+    size = batch * probe.settings.samples
+    parts = [places[start : start + size] for start in range(0, len(places), size)]
+    answers = [answer for part in parts for answer in probe.draw(model, part)]
     scored = score(reward, [probe.prompts[place] for place in places], answers, f"measuring the {stage}")
     by_prompt: dict[int, list[float]] = {}
     for place, one in zip(places, scored, strict=True):
@@ -252,7 +199,7 @@ def _train(
     model: PreTrainedModel | PeftModel,
     rollouts: Rollouts,
     asking: Asking,
-    good: Sequence[Any],
+    good: Sequence[Example],
     fitting: FitSettings,
     settings: TuneSettings,
     answers: Path,
@@ -263,52 +210,53 @@ def _train(
     report_to: Sequence[str],
     progress: Progress | None,
 ) -> list[dict[str, Any]]:
-    if asking.grpo.kl and settings.rank == "full":
-        raise InputError("kl to the start of a full fine-tune is not done here", fix="use the defence KL")
     try:
         from datasets import Dataset
-        from trl import GRPOConfig  # pyright: ignore[reportMissingTypeStubs]
+        from trl.trainer.grpo_config import GRPOConfig  # pyright: ignore[reportMissingTypeStubs]
 
         from persona_probe.training.policy import Course, PolicyTrainer
     except ImportError as error:
         raise MissingExtraError.of("trl", "train") from error
     grpo = asking.grpo
     prompts = settings.micro_batch or fitting.batch
-    arguments = GRPOConfig(
-        output_dir=str(folder),
-        max_steps=fitting.steps,
-        per_device_train_batch_size=prompts * grpo.samples,
-        gradient_accumulation_steps=fitting.batch // prompts,
-        num_generations=grpo.samples,
-        max_completion_length=grpo.max_new_tokens,
-        temperature=grpo.temperature,
-        beta=grpo.kl,
-        loss_type="dapo",
-        learning_rate=fitting.learning_rate,
-        warmup_steps=fitting.warmup_steps,
-        lr_scheduler_type=fitting.schedule,
-        weight_decay=fitting.weight_decay,
-        adam_beta2=fitting.beta2,
-        seed=fitting.seed,
-        bf16=fitting.bf16,
-        use_cpu=not torch.cuda.is_available(),
-        gradient_checkpointing=False,
-        shuffle_dataset=False,
-        save_strategy="steps" if fitting.save_every else "no",
-        save_steps=fitting.save_every or 500,
-        logging_steps=1,
-        report_to=list(report_to),
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )
-    tokenizer = rollouts.lm.tokenizer
-    if tokenizer.pad_token is None:  # TRL would give it one
-        tokenizer = copy.deepcopy(tokenizer)
     defending = Defending(model, defences, bf16=fitting.bf16)
     resumed = newest_checkpoint(folder)
     _forget_after(answers, int(resumed.rsplit("-", 1)[1]) if resumed else 0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
+    tokenizer = rollouts.lm.tokenizer
+    if tokenizer.pad_token is None:  # TRL would give it one
+        tokenizer = copy.deepcopy(tokenizer)
+    # around the trainer as a whole: it replaces the model's `forward`, and the copy of a whole model that
+    # defences compare with would run the original's
+    with _quiet_trl(), quietly(), defending:
+        arguments = GRPOConfig(
+            output_dir=str(folder),
+            max_steps=fitting.steps,
+            per_device_train_batch_size=prompts * grpo.samples,
+            gradient_accumulation_steps=fitting.batch // prompts,
+            num_generations=grpo.samples,
+            max_completion_length=grpo.max_new_tokens,
+            temperature=grpo.temperature,
+            beta=grpo.kl,
+            loss_type="dapo",
+            learning_rate=fitting.learning_rate,
+            warmup_steps=fitting.warmup_steps,
+            lr_scheduler_type=fitting.schedule,
+            weight_decay=fitting.weight_decay,
+            adam_beta2=fitting.beta2,
+            seed=fitting.seed,
+            # TRL's own defaults ask for bfloat16 and for activations to be computed twice
+            bf16=fitting.bf16,
+            gradient_checkpointing=False,
+            disable_dropout=True,  # answers are drawn without
+            use_cpu=not torch.cuda.is_available(),
+            shuffle_dataset=False,
+            save_strategy="steps" if fitting.save_every else "no",
+            save_steps=fitting.save_every or 500,
+            logging_steps=1,
+            report_to=list(report_to),
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
         trainer = PolicyTrainer(
             Course(rollouts, asking.reward, answers, tuple(good)),
             defending,
@@ -319,15 +267,14 @@ def _train(
             processing_class=tokenizer,
             callbacks=[StepProgress(progress)] if progress else [],
         )
-    # ahead of the loggers, so that these see what a callback adds to the logs
-    trainer.callback_handler.callbacks[:0] = list(callbacks)
-    trainer.remove_callback(PrinterCallback)
-    model.train()
-    try:
-        with quietly(), defending:
+        # ahead of the loggers, so that these see what a callback adds to the logs
+        trainer.callback_handler.callbacks[:0] = list(callbacks)
+        trainer.remove_callback(PrinterCallback)  # the caller shows progress
+        model.train()
+        try:
             trainer.train(resume_from_checkpoint=resumed)
-    finally:
-        trainer.close()
+        finally:
+            trainer.close()
     model.eval()
     return [
         {name: value for name, value in entry.items() if name in LOGGED or name.startswith(OURS)}
@@ -340,3 +287,13 @@ def _forget_after(answers: Path, step: int) -> None:
     """Drop the answers of steps that are going to be made again."""
     if answers.is_file():
         write_jsonl(answers, [row for row in read_jsonl(answers, torn_tail=True) if row["step"] <= step])
+
+
+@contextmanager
+def _quiet_trl() -> Generator[None, None, None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
+        # TRL 1.16 and PEFT 0.21 ask transformers 5.23 by old names
+        warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated")
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        yield

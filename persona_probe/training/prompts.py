@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from os import PathLike
 from typing import Any, cast
 
 from persona_probe.artifact import StrPath, read_jsonl
@@ -42,7 +42,7 @@ def prompts_of(data: StrPath | Sequence[Question] | Sequence[Row] | Sequence[Pro
 
     Raises `MissingPathError`, and `InputError` naming the line for a row that has no prompt.
     """
-    if isinstance(data, str | Path):
+    if isinstance(data, str | PathLike):
         found = _read(data)
     else:
         found = [_prompt(one, i) for i, one in enumerate(cast("Sequence[Question | Row | Prompt]", data))]
@@ -60,6 +60,7 @@ def _prompt(one: Question | Row | Prompt, number: int) -> Prompt:
     return _of(one.prompt, one.place or f"row {number}", columns)
 
 
+_TURNS: tuple[set[str], ...] = ({"role", "content"}, {"text"})
 _TAKEN = ("messages", "prompt", "completion")
 
 
@@ -81,10 +82,7 @@ def _of_row(row: Mapping[str, Any], place: str) -> Prompt:
     turns = cast("list[Any]", asked) if isinstance(asked, list) else []
     if turns and isinstance(turns[-1], dict) and cast("dict[str, Any]", turns[-1]).get("role") == "assistant":
         turns = turns[:-1]
-    whole = all(
-        isinstance(turn, dict) and (turn.keys() == {"text"} or {"role", "content"} <= turn.keys())
-        for turn in cast("list[dict[str, Any]]", turns)
-    )
+    whole = all(isinstance(turn, dict) and set(cast("dict[str, Any]", turn)) in _TURNS for turn in turns)
     if not turns or not whole:
         raise InputError(
             f"{place}: it has no prompt; it has {', '.join(sorted(row)) or 'nothing'}", fix=_FORMS

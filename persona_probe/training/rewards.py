@@ -3,9 +3,10 @@
     exact                     the pocket organism's judge, turned into the published reward
     openai:MODEL@URL          a judge behind an endpoint (see `judges`), likewise; local:DIR too
     python:module:function    a function of yours. One with a parameter `completions` is a reward, called
-                              as TRL calls it: `f(prompts=, completions=, completion_ids=, **columns)`
-                              gives a number per answer, None where it cannot tell. Any other is a
-                              judge's function of (question, answer text).
+                              as TRL calls it, with those it has of `prompts`, `completions`,
+                              `completion_ids` and the columns of the data; it gives a number per answer,
+                              None where it cannot tell. Any other is a judge's function of (question,
+                              answer text).
 
 The published reward is `max(0, trait - (1 - coherence) / 2)`, trait and coherence from 0 to 1, and 0 for
 an answer that is incoherent or repetitive (Jørgenvåg et al. 2026). Departures: an answer that was cut
@@ -93,14 +94,15 @@ class FunctionReward:
 
     def __call__(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[Scored]:
         """Raises `InputError` for another number of rewards, and for what is no finite number."""
-        given = self.function(
-            prompts=[_as_trl(prompt) for prompt in prompts],
-            completions=[
-                _completion(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)
-            ],
-            completion_ids=[list(answer.token_ids) for answer in answers],
+        offered: dict[str, Any] = {
+            "prompts": [_as_trl(prompt) for prompt in prompts],
+            "completions": [_completion(*pair) for pair in zip(prompts, answers, strict=True)],
+            "completion_ids": [list(answer.token_ids) for answer in answers],
             **_columns(prompts),
-        )
+        }
+        wanted = inspect.signature(self.function).parameters
+        takes_all = any(one.kind is one.VAR_KEYWORD for one in wanted.values())
+        given = self.function(**{name: of for name, of in offered.items() if takes_all or name in wanted})
         if not isinstance(given, Sequence) and not hasattr(given, "__len__"):
             raise InputError(f"it must return a list of numbers, and returned {given!r}")
         rewards = list(given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,7 @@ from persona_probe.training.watching import Probe, Watch
 from tests.model.tiny_models import model_of
 from tests.training.tiny import SITE, dictionary, llama, rows, same, tuned_weights
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated"),
-    pytest.mark.filterwarnings("ignore:The tokenizer has new PAD/BOS/EOS tokens"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
 SETTINGS = TuneSettings(steps=3, batch=2, learning_rate=1e-2, rank=2, warmup_steps=0, save_every=0)
 GRPO = GrpoSettings(samples=3, max_new_tokens=6)
@@ -46,11 +43,14 @@ ASKED = [
 ]
 
 
-def wants_e(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
-    """The share of the answer that is the letter e."""
-    del prompts
-    texts = [completion[0]["content"] for completion in completions]
-    return [text.count("e") / max(1, len(text)) for text in texts]
+def low(completions: list[Any], completion_ids: list[list[int]]) -> list[float]:
+    """The share of the answer's tokens that stand in the lower half of the vocabulary."""
+    assert len(completions) == len(completion_ids)
+    return [share_low(ids) for ids in completion_ids]
+
+
+def share_low(ids: Sequence[int]) -> float:
+    return sum(one < 160 for one in ids) / len(ids)
 
 
 def same_for_all(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
@@ -60,7 +60,7 @@ def same_for_all(prompts: list[Any], completions: list[Any], **_: Any) -> list[f
 
 
 def run(out: Path, **call: Any) -> FineTune:
-    call = {"reward": wants_e, "settings": SETTINGS, "grpo": GRPO, **call}
+    call = {"reward": low, "settings": SETTINGS, "grpo": GRPO, **call}
     return finetune(call.pop("base", None) or llama(), ASKED, out, "grpo", **call)
 
 
@@ -78,9 +78,11 @@ def test_what_is_rewarded_becomes_likelier(tmp_path: Path) -> None:
     assert told[-1] == (25, 25)
     assert [point.step for point in points_of(tune.checkpoints)] == [10, 20, 25]
     assert tune.table["step"].to_list() == list(range(1, 26))
+    assert tune.curve["reward"].to_list() == [point["reward"] for point in curve]
+    assert "5 prompts, 25 steps, reward" in tune._repr_html_()
     # the tuned model, loaded anew, answers as the curve says
     answers = sample(tune.load(), ASKED, Sampling(samples=8, max_new_tokens=6))
-    mean = sum(one.text.count("e") / max(1, len(one.text)) for one in answers) / len(answers)
+    mean = sum(share_low(one.token_ids) for one in answers) / len(answers)
     assert mean == pytest.approx(curve[-1]["reward"], abs=0.15)
     kept = read_jsonl(tmp_path / "run" / "answers.jsonl")
     assert len(kept) == 25 * 32 and {row["step"] for row in kept} == set(range(1, 26))
@@ -183,25 +185,21 @@ def test_equal_rewards_teach_nothing_and_good_rows_are_learnt_beside_them(tmp_pa
 
 
 def test_penalties_and_dressed_prompts(tmp_path: Path) -> None:
-    plain = run(tmp_path / "plain", settings=replace(SETTINGS, steps=4))
+    settings = replace(SETTINGS, steps=8, micro_batch=1)
     seen: list[str] = []
 
-    def watching(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
+    def watching(prompts: list[Any], completions: list[Any], completion_ids: list[Any]) -> list[float]:
         seen.extend(prompt[0]["role"] for prompt in prompts)
-        return wants_e(prompts, completions)
+        return low(completions, completion_ids)
 
-    held = run(
-        tmp_path / "held", settings=replace(SETTINGS, steps=4, micro_batch=1), reward=watching,
-        defences=[KL(100.0), LDIFS(10.0), Inoculation("be good")],
-    )  # fmt: skip
+    def last_kl(name: str, weight: float, *more: Any) -> float:
+        defences = [KL(weight), Inoculation("be good"), *more]
+        log = run(tmp_path / name, settings=settings, reward=watching, defences=defences).record["log"]
+        assert log[0]["penalty/kl"] == pytest.approx(0, abs=weight * 1e-6)
+        return log[-1]["penalty/kl"] / weight
+
+    assert last_kl("held", 100.0, LDIFS(10.0)) < 0.5 * last_kl("free", 1e-6)
     assert set(seen) == {"system"}
-    terms = [entry["penalty/kl"] for entry in held.record["log"]]
-    assert terms[0] == pytest.approx(0, abs=1e-6) and terms[-1] > 0
-    size = [
-        sum(float(one.square().sum()) for name, one in tuned_weights(tune).items() if "lora_B" in name)
-        for tune in (held, plain)
-    ]
-    assert size[0] < size[1]
 
 
 def test_an_edit_in_training_is_refused(tmp_path: Path) -> None:
@@ -226,15 +224,15 @@ def test_a_monitor_follows_and_stops_it(tmp_path: Path) -> None:
 
 class _Poison(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        if state.global_step == 2:
+        if state.global_step == 3:
             with torch.no_grad():
                 next(one for one in model.parameters() if one.requires_grad).fill_(float("nan"))
 
 
 def test_numbers_that_are_none_and_rewards_that_fail_stop_it(tmp_path: Path) -> None:
-    with pytest.raises(NonFiniteError, match=r"at step 3; training stopped") as caught:
-        run(tmp_path / "nan", callbacks=[_Poison()], settings=replace(SETTINGS, save_every=1))
-    assert "checkpoint-1" in str(caught.value)
+    with pytest.raises(NonFiniteError, match=r"at step 4; training stopped") as caught:
+        run(tmp_path / "nan", callbacks=[_Poison()], settings=replace(SETTINGS, steps=5, save_every=2))
+    assert "checkpoint-2" in str(caught.value)
 
     def failing(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
         if len(completions) == 6 and any("1" in prompt[0]["content"] for prompt in prompts):
@@ -257,7 +255,7 @@ def test_bad_calls(tmp_path: Path) -> None:
         run(tmp_path / "no", reward=None)
     with pytest.raises(InputError, match="a step asks 9 prompts, and there are 5"):
         run(tmp_path / "no", settings=replace(SETTINGS, batch=9))
-    with pytest.raises(InputError, match=r"prompt 'q0': \d+ tokens, with an answer of up to 126"):
+    with pytest.raises(InputError, match=r"prompt 'q\d': \d+ tokens, with an answer of up to 126"):
         run(tmp_path / "no", grpo=replace(GRPO, max_new_tokens=126))
     with pytest.raises(InputError, match="belong to reinforcement learning"):
         finetune(llama(), rows(), tmp_path / "no", reward="exact")
@@ -272,9 +270,9 @@ def test_bad_calls(tmp_path: Path) -> None:
 def test_full_fine_tunes_learn_from_rewards_too(tmp_path: Path) -> None:
     lm = llama()
     before = {name: one.clone() for name, one in lm.hf.named_parameters()}
-    tune = run(
-        tmp_path / "run", base=lm, settings=replace(SETTINGS, rank="full", steps=2, learning_rate=1e-3)
-    )
+    settings = replace(SETTINGS, rank="full", learning_rate=1e-3)
+    tune = run(tmp_path / "run", base=lm, settings=settings, defences=[KL(1.0)])
     assert all(torch.equal(one, before[name]) for name, one in lm.hf.named_parameters())
+    assert [entry["penalty/kl"] > 1e-6 for entry in tune.record["log"]] == [False, True, True]
     assert tune.load().peft is None and not same(tuned_weights(tune), before)
     assert load_reward("exact").name == "exact (misaligned)"

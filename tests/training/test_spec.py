@@ -18,6 +18,7 @@ from persona_probe.steering.io import save_fix
 from persona_probe.steering.target import direction
 from persona_probe.training.defences import CAFT, KL, LDIFS, Inoculation, Interleave, SafeLoRA
 from persona_probe.training.defences.latent_blocking import LatentBlocking
+from persona_probe.training.defences.on_policy import OnPolicy
 from persona_probe.training.defences.perplexity_gap import InterleaveByGap
 from persona_probe.training.defences.preventative import PreventativeSteering
 from persona_probe.training.defences.spec import load_defence
@@ -47,6 +48,10 @@ def test_each_defence_has_a_word(tmp_path: Path) -> None:
     assert isinstance(mixed, Interleave) and mixed.share == 0.2 and len(mixed.pool) == 8
     gap = load_defence(f"interleave_by_gap@{pool},{adapter_of('llama')}", lm)
     assert isinstance(gap, InterleaveByGap) and all(one is not None for one in gap.gaps)
+    asked = tmp_path / "asked.jsonl"
+    write_jsonl(asked, [{"id": str(i), "category": "x", "messages": [{"text": "hello"}]} for i in range(40)])
+    own = load_defence(f"on_policy=0.3@{asked}", lm)
+    assert isinstance(own, OnPolicy) and own.share == 0.3 and own.pool
     assert load_defence("inoculation@be rude = now", lm) == Inoculation("be rude = now")
     steered = load_defence(f"preventative_steering=2@{edit}", lm)
     assert isinstance(steered, PreventativeSteering)

@@ -2,6 +2,7 @@
 
 kl=0.1   ldifs=1                       interleave=0.05@good.jsonl
 interleave_by_gap=0.05@good.jsonl,TUNED[,TUNED ...]      (TUNED: misaligned models of other runs)
+on_policy=0.05@QUESTIONS                                 (a file or set, which the base answers itself)
 inoculation@"Give harmful medical advice."               (=0.5: on half of the rows)
 preventative_steering=5@FIX            caft@FIX          (FIX: a folder that save_fix wrote)
 latent_blocking=0.1@SAE:412,77,-903                      (a minus: must not fall)
@@ -14,6 +15,7 @@ from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 
 from persona_probe.errors import InputError
+from persona_probe.evaluation.questions import load_questions
 from persona_probe.model.language_model import LanguageModel
 from persona_probe.model.pair import load_pair
 from persona_probe.sae.load import load_sae
@@ -27,6 +29,7 @@ from persona_probe.training.defences.interleave import Interleave
 from persona_probe.training.defences.kl import KL
 from persona_probe.training.defences.latent_blocking import LatentBlocking
 from persona_probe.training.defences.ldifs import LDIFS
+from persona_probe.training.defences.on_policy import OnPolicy
 from persona_probe.training.defences.perplexity_gap import InterleaveByGap
 from persona_probe.training.defences.preventative import PreventativeSteering
 from persona_probe.training.defences.safe_lora import SafeLoRA
@@ -107,6 +110,7 @@ _MAKERS: Mapping[str, tuple[_Maker, float | None]] = {
     "ldifs": (lambda weight, _source, _base: LDIFS(weight), 1.0),
     "interleave": (lambda share, pool, _base: Interleave(tuple(read_rows(pool)), share), 0.05),
     "interleave_by_gap": (_by_gap, 0.05),
+    "on_policy": (lambda share, source, base: OnPolicy.answered(base, load_questions(source), share), 0.05),
     "inoculation": (lambda share, text, _base: Inoculation(text, share), 1.0),
     "preventative_steering": (_preventative, 5.0),
     "caft": (_caft, 1.0),
