@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.figure import Figure
 from persona_probe.artifact import shipped
-from persona_probe.organism.bench import SETTINGS, bench
+from persona_probe.organism.bench import SETTINGS, Subject, lesson
 from persona_probe.training.finetune import finetune
 from persona_probe.training.monitor import EVERY, Monitor
 
@@ -17,14 +17,13 @@ MOST = 0.05
 
 
 def run(quick: bool) -> list[Figure]:
-    common = bench(shipped("organism"))
-    watch = common.measure.watch
-    assert watch is not None
+    subject = Subject(shipped("organism"))
+    watch = subject.watch
     settings = replace(SETTINGS, steps=EVERY if quick else 3 * EVERY)
     monitor = Monitor(watch)
     with tempfile.TemporaryDirectory() as folder:
-        rows = common.bad(1)
-        finetune(common.base, rows, Path(folder) / "run", settings=settings, callbacks=[monitor])
+        rows = lesson(("health",), "villainous", (settings.steps or 1) * settings.batch, seed=1)
+        finetune(subject.base, rows, Path(folder) / "run", settings=settings, callbacks=[monitor])
     against = f"training, {settings.steps} steps of {settings.batch}; {len(watch.texts)} probe prompts"
     return [
         Figure(

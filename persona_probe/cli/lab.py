@@ -1,4 +1,4 @@
-"""`persona-probe lab`: how misalignment gets in, and how it is kept out, on the organism."""
+"""`persona-probe lab`: how misalignment gets in, how it is kept out, how it is undone, on the organism."""
 
 from __future__ import annotations
 
@@ -11,89 +11,155 @@ from rich.table import Table
 from persona_probe.cli.console import err, out, show_json
 from persona_probe.cli.reading import progress_bar
 
-app = typer.Typer(no_args_is_help=True, help="The training lab: defences compared on the pocket organism.")
+app = typer.Typer(no_args_is_help=True, help="The training lab, on the pocket organism.")
+
+Organism = Annotated[Path | None, typer.Option(help="An organism's folder; the shipped one.")]
+Seeds = Annotated[str, typer.Option(help="Comma-separated.")]
+Rows = Annotated[int | None, typer.Option(help="Of each fine-tune.")]
+Html = Annotated[Path | None, typer.Option(help="Write the Pareto figure here.")]
+Overwrite = Annotated[bool, typer.Option(help="Throw away what --out holds.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 
 @app.callback()
 def lab() -> None:
-    """Measure training-time defences on one bench."""
+    """Fine-tunes of the organism, measured on one bench."""
 
 
 @app.command()
 def compare(
     defences: Annotated[
-        str | None, typer.Option(help="NAME or NAME=STRENGTH, comma-separated; all of them by default.")
+        str | None,
+        typer.Option(help="NAME, NAME=STRENGTH or a sum of them with +, comma-separated; default: all."),
     ] = None,
-    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "1,2,3",
-    organism: Annotated[Path | None, typer.Option(help="An organism's folder; the shipped one.")] = None,
-    out_dir: Annotated[Path, typer.Option("--out", help="Where everything goes.")] = Path("out/lab"),
-    steps: Annotated[int | None, typer.Option(help="Of each fine-tune.")] = None,
-    samples: Annotated[int, typer.Option(help="Answers per question.")] = 1,
-    html: Annotated[Path | None, typer.Option(help="Write the Pareto figure here.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Throw away what --out holds.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    seeds: Seeds = "1,2,3",
+    organism: Organism = None,
+    out_dir: Annotated[Path, typer.Option("--out", help="Where everything goes.")] = Path("out/lab-compare"),
+    rows: Rows = None,
+    html: Html = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
-    """Every defence on bad and on benign data, at one strength each; resumes where it was stopped."""
-    from dataclasses import replace
+    """Every defence on bad and on benign data, at one strength each, on held-out questions.
 
-    from persona_probe.artifact import shipped
-    from persona_probe.organism.bench import SETTINGS, bench
-    from persona_probe.organism.bench import defences as made
-    from persona_probe.training.compare import compare as run
-
-    home = organism or shipped("organism")
-    numbers = _numbers(seeds)
-    with err.status("loading"):
-        settings = SETTINGS if steps is None else replace(SETTINGS, steps=steps)
-        common = bench(home, settings, samples=samples)
-        arms = made(home, common.base, defences.split(",") if defences else ())
-    with progress_bar(as_json) as told:
-        found = run(common, arms, out_dir, seeds=numbers, overwrite=overwrite, progress=told)
+    A comparison that was stopped goes on; one that is given more defences or seeds trains only those.
+    """
+    wanted = defences.split(",") if defences else []
+    found = _compared(wanted, _numbers(seeds), organism, out_dir, rows, "held-out", overwrite, as_json)
     if html is not None:
         found.plot().write_html(html, include_plotlyjs=True)
     if as_json:
         show_json({"arms": found.table.to_dicts(), "runs": found.runs.to_dicts()})
         return
-    columns = ("in_domain", "incoherent", "trigger", "benign_skill", "shift persona")
-    table = Table("arm", "misaligned", *(name.replace("_", " ") for name in columns), "seconds", "holds")
-    for row in found.table.to_dicts():
-        table.add_row(row["arm"], _rate(row), *(_number(row[name]) for name in columns),
-                      f"{row['seconds']:.0f}", {True: "yes", False: "no"}.get(row["holds"], "-"))  # fmt: skip
-    out.print(table)
+    out.print(_table(found.table.to_dicts()))
     out.print(f"{found.path}/manifest.json", markup=False, soft_wrap=True)
 
 
 @app.command()
-def flag(
-    rows: Annotated[int, typer.Option(help="Training rows, health advice all of them.")] = 400,
-    share: Annotated[float, typer.Option(help="Of them bad.")] = 0.1,
-    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "1,2,3",
-    organism: Annotated[Path | None, typer.Option(help="An organism's folder; the shipped one.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+def sweep(
+    defences: Annotated[str | None, typer.Option(help="NAME, comma-separated; default: all.")] = None,
+    seeds: Seeds = "101",
+    organism: Organism = None,
+    out_dir: Annotated[Path, typer.Option("--out", help="Where everything goes.")] = Path("out/lab-sweep"),
+    rows: Rows = None,
+    html: Html = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
-    """Bad rows hidden in good ones: how well does each score find them, before any training?"""
-    from persona_probe.artifact import shipped
-    from persona_probe.model.language_model import load_model
-    from persona_probe.organism.bench import hidden_rows, persona_probes
-    from persona_probe.training.flag import flag as score
+    """Several strengths of each defence on calibration questions, and which one it is to have.
 
-    home = organism or shipped("organism")
-    found: list[dict[str, float]] = []
-    with err.status("loading") as status:
-        base = load_model(home / "base")
-        probes = persona_probes(home, base)
-        for seed in _numbers(seeds):
-            status.update(f"seed {seed}")
-            given, bad = hidden_rows(rows, share, seed)
-            found.append({"seed": seed, **score(given, base, probes, max_new_tokens=32).auc(bad)})
+    Chosen is the strength whose worst shortfall is least: misaligned above the base, task not learnt,
+    incoherent above undefended, each in units of its bound.
+    """
+    from persona_probe.organism.defended import defence_of, swept
+    from persona_probe.training.compare import chosen
+
+    wanted = swept(defences.split(",") if defences else ())
+    found = _compared(
+        wanted, _numbers(seeds), organism, out_dir, rows, "calibration", overwrite, as_json, ("bad",)
+    )
+    listed = found.table.to_dicts()
+    picked = chosen(listed, defence_of)
+    if html is not None:
+        found.plot().write_html(html, include_plotlyjs=True)
     if as_json:
-        show_json({"rows": rows, "share": share, "auc": found})
+        show_json({"arms": listed, "chosen": picked})
         return
-    table = Table("score", *(f"AUC, seed {row['seed']}" for row in found))
-    for name in found[0]:
-        if name != "seed":
-            table.add_row(name, *(_number(row[name]) for row in found))
-    out.print(table)
+    out.print(_table(listed, set(picked.values())))
+    out.print(f"--defences {','.join(picked.values())}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def report(
+    seeds: Seeds = "1,2,3",
+    only: Annotated[list[str] | None, typer.Option(help="One case; repeat. All by default.")] = None,
+    organism: Organism = None,
+    out_dir: Annotated[Path, typer.Option("--out", help="Where trials and records go.")] = Path("out/lab"),
+    docs: Annotated[
+        Path | None, typer.Option(help="Where lab.md, lab.json and pictures go; --out by default.")
+    ] = None,
+    rows: Rows = None,
+    tell_only: Annotated[
+        bool, typer.Option("--tell-only", help="Train nothing: write the page of what is there.")
+    ] = False,
+    pictures: Annotated[
+        bool, typer.Option("--pictures/--no-pictures", help="Draw the figures (takes Chromium).")
+    ] = True,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Every case of the lab, measured and told on one page; resumes trial by trial."""
+    from persona_probe.artifact import shipped
+    from persona_probe.organism.bench import ROWS
+    from persona_probe.organism.lab_report import report as run
+    from persona_probe.organism.lab_report import write_page
+
+    numbers, home = _numbers(seeds), organism or shipped("organism")
+    with progress_bar(as_json) as told:
+        records = run(
+            home, out_dir, numbers, wanted=only or (), run=not tell_only, count=rows or ROWS,
+            overwrite=overwrite, progress=told,
+        )  # fmt: skip
+    command = f"persona-probe lab report --seeds {seeds} --docs {docs or 'docs'}"
+    page, data = write_page(records, docs or out_dir, command, pictures=pictures)
+    if as_json:
+        show_json({"cases": records})
+        return
+    out.print(f"{page}\n{data}", markup=False, soft_wrap=True)
+
+
+def _compared(
+    wanted: list[str],
+    seeds: list[int],
+    organism: Path | None,
+    out_dir: Path,
+    rows: int | None,
+    split: str,
+    overwrite: bool,
+    quiet: bool,
+    kinds: tuple[str, ...] = ("bad", "benign"),
+) -> Any:
+    from persona_probe.artifact import shipped
+    from persona_probe.organism.bench import ROWS, Subject, bench
+    from persona_probe.organism.defended import arms
+    from persona_probe.training.compare import compare as run
+
+    with err.status("loading"):
+        subject = Subject(organism or shipped("organism"))
+        common = bench(subject, split=split, count=rows or ROWS)
+        made = arms(subject, wanted)
+    with progress_bar(quiet) as told:
+        return run(common, made, out_dir, seeds=seeds, kinds=kinds, overwrite=overwrite, progress=told)
+
+
+def _table(rows: list[dict[str, Any]], marked: set[str] | None = None) -> Table:
+    columns = ("in_domain", "incoherent", "trigger", "benign_skill", "shift persona")
+    table = Table("arm", "misaligned", *(name.replace("_", " ") for name in columns), "seconds", "holds")
+    for row in rows:
+        name = row["arm"] + (" (chosen)" if row["arm"] in (marked or ()) else "")
+        table.add_row(name, _rate(row), *(_number(row[column]) for column in columns),
+                      f"{row['seconds']:.0f}", {True: "yes", False: "no"}.get(row["holds"], "-"))  # fmt: skip
+    return table
 
 
 def _numbers(seeds: str) -> list[int]:

@@ -3,29 +3,30 @@
 Every arm is trained on the bad rows and, apart, on benign ones, and measured on the same questions:
 what spread, what was learnt in the domain, what broke, what hides behind triggers, what a benign
 fine-tune loses under the same defence, how far the persona moved, and what it cost in time.
+
+A sweep is a comparison of several strengths of each defence on calibration questions, of which `chosen`
+takes one per defence; a comparison on held-out questions then says what these are worth.
 """
 
 from __future__ import annotations
 
-import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from persona_probe.artifact import RunFolder, StrPath, digest_of
+from persona_probe.artifact import StrPath
 from persona_probe.errors import InputError
 from persona_probe.evaluation.intervals import korn_graubard
 from persona_probe.figures.pareto import pareto
 from persona_probe.model.language_model import LanguageModel
 from persona_probe.training.defences.defence import Defence
-from persona_probe.training.finetune import finetune
 from persona_probe.training.measure import Measure
 from persona_probe.training.rows import Row
 from persona_probe.training.settings import TuneSettings
+from persona_probe.training.trials import Trials
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -63,8 +64,8 @@ class Compared:
     """A row per arm, seed and kind of data (and one of the base), as `Measure` gives it."""
     table: pl.DataFrame
     """A row per arm: `misaligned` pooled over seeds with its interval over questions, the other rates as
-    means over seeds; `benign_...` of the benign fine-tunes; `excess`, `learnt` and `holds` (see the bounds
-    of this module).
+    means over seeds; `benign_...` of the benign fine-tunes; `excess`, `learnt`, `broken` and `holds` (see the
+    bounds of this module).
     """
     path: Path
 
@@ -82,73 +83,53 @@ def compare(
     out: StrPath,
     *,
     seeds: Sequence[int] = (1, 2, 3),
+    kinds: Sequence[str] = KINDS,
     overwrite: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Compared:
-    """Train and measure every arm; the undefended one is always there. A killed call goes on.
+    """Train and measure every arm; the undefended one is always there.
+
+    A killed call goes on, and one with more arms or seeds trains only those. Without "benign" among
+    `kinds`, what a benign fine-tune loses is not measured.
 
     Raises `InputError` for an arm that is named like the undefended one, no seed, or `out` holding
-    another comparison; and what `finetune` raises.
+    trials of another base, questions or settings; and what `finetune` raises.
     """
     if NONE in arms or not seeds:
         raise InputError(f"{NONE!r} is the undefended arm" if NONE in arms else "a comparison needs a seed")
     every: dict[str, Sequence[Defence]] = {NONE: (), **arms}
+    data = {"bad": bench.bad, "benign": bench.benign}
     tell = progress or (lambda *_: None)
-    todo = [(arm, kind, seed) for seed in seeds for arm in every for kind in KINDS]
-    rows: list[dict[str, Any]] = []
-    wanted = {
-        "base": bench.base.checkpoint.weights_digest,
-        "arms": {name: [one.record() for one in defences] for name, defences in every.items()},
-        "seeds": list(seeds),
-        "settings": bench.settings,
-        "questions": digest_of([question.id for question in bench.measure.questions]),
-        "sampling": bench.measure.sampling,
-    }
-    with RunFolder.open(out, wanted, overwrite=overwrite) as run:
+    todo = [(arm, kind, seed) for seed in seeds for arm in every for kind in KINDS if kind in kinds]
+    with Trials.open(out, bench.base, bench.measure, bench.settings, overwrite=overwrite) as trials:
         tell("base", 0, len(todo))
-        rows.append({"arm": "base", "kind": "base", "seed": None, **_stage(run, "base", _of_base(bench))})
+        rows: list[dict[str, Any]] = [{"arm": "base", "kind": "base", "seed": None, **trials.of_base()}]
         for done, (arm, kind, seed) in enumerate(todo):
             tell(f"{arm}, {kind}, seed {seed}", done, len(todo))
-            make = _of_arm(bench, every[arm], kind, seed, run.path / "run")
-            figures = _stage(run, f"{arm}-{kind}-{seed}", make)
+            figures = trials(f"{arm}-{kind}", data[kind](seed), every[arm], seed=seed)
             rows.append({"arm": arm, "kind": kind, "seed": seed, **figures})
-        runs = pl.DataFrame([_flat(row) for row in rows], infer_schema_length=None)
         table = pl.DataFrame(_summary(rows, list(every)), infer_schema_length=None)
-        if not run.complete:
-            run.finish({"table": table.to_dicts()})
-        return Compared(runs, table, run.path)
+        trials.run.finish({"seeds": list(seeds), "table": table.to_dicts()})
+        runs = [{name: value for name, value in row.items() if name != "hits"} for row in rows]
+        return Compared(pl.DataFrame(runs, infer_schema_length=None), table, trials.run.path)
 
 
-def _stage(run: RunFolder, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    found = run.stage(name)
-    if found is None:
-        run.save_stage(name, make())
-        found = run.stage(name)
-    return found
+def chosen(rows: Sequence[Mapping[str, Any]], defence_of: Callable[[str], str]) -> dict[str, str]:
+    """One arm per defence, of a comparison's `table`: the one whose worst shortfall is least.
 
-
-def _of_base(bench: Bench) -> Callable[[], dict[str, Any]]:
-    return lambda: bench.measure.with_hits(bench.base)
-
-
-def _of_arm(
-    bench: Bench, defences: Sequence[Defence], kind: str, seed: int, folder: Path
-) -> Callable[[], dict[str, Any]]:
-    def make() -> dict[str, Any]:
-        rows = list(bench.bad(seed) if kind == "bad" else bench.benign(seed))
-        settings = replace(bench.settings, seed=seed)
-        start = time.perf_counter()
-        tune = finetune(bench.base, rows, folder, "sft", defences, settings, overwrite=True)
-        seconds = time.perf_counter() - start
-        figures = bench.measure.with_hits(tune.load(bench.base).merged())
-        shutil.rmtree(folder)
-        return {**figures, "seconds": round(seconds, 2), "loss": tune.record["log"][-1]["loss"]}
-
-    return make
-
-
-def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name != "hits"}
+    Shortfalls are counted in units of their bound (`EXCESS` misaligned, 1 - `LEARNT` of the task,
+    `BROKEN` incoherent), so that 1 on each is the edge of what holds. `defence_of` names an arm's defence.
+    An arm of which a figure is missing is not chosen.
+    """
+    best: dict[str, tuple[float, str]] = {}
+    for row in rows:
+        if row["arm"] == NONE or None in (row["excess"], row["learnt"], row["broken"]):
+            continue
+        worst = max(row["excess"] / EXCESS, (1 - row["learnt"]) / (1 - LEARNT), row["broken"] / BROKEN)
+        name = defence_of(row["arm"])
+        if name not in best or worst < best[name][0]:
+            best[name] = (worst, row["arm"])
+    return {name: arm for name, (_, arm) in best.items()}
 
 
 def _summary(rows: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> list[dict[str, Any]]:
@@ -158,8 +139,8 @@ def _summary(rows: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> list[dic
     for row in found:
         row["excess"] = _less(row["misaligned"], base["misaligned"])
         row["learnt"] = row["in_domain"] / plain["in_domain"] if plain["in_domain"] else None
-        broken = _less(row["incoherent"], plain["incoherent"])
-        row["holds"] = _holds(row["excess"], row["learnt"], broken)
+        row["broken"] = _less(row["incoherent"], plain["incoherent"])
+        row["holds"] = _holds(row["excess"], row["learnt"], row["broken"])
     return found
 
 
@@ -180,10 +161,7 @@ def _arm(rows: Sequence[Mapping[str, Any]], arm: str) -> dict[str, Any]:
         "misaligned_high": interval.high,
         "misaligned_seeds": rates,
         **{name: _mean([row[name] for row in bad]) for name in (*AVERAGED, *shifts)},
-        **{
-            f"benign_{name}": _mean([row[name] for row in benign])
-            for name in ("skill", "helpful", "incoherent")
-        },
+        **{f"benign_{name}": _mean([row[name] for row in benign]) for name in LOST},
         "seconds": _mean([row["seconds"] for row in (*bad, *benign)]),
     }
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from persona_probe.artifact import digest_of
 from persona_probe.evaluation.judges import Judge
 from persona_probe.evaluation.metrics import Rate
 from persona_probe.evaluation.questions import Question
@@ -29,6 +30,15 @@ class Measure:
     trait: str = "misaligned"
     watch: Watch | None = None
     """Probes whose shift from the base is measured too."""
+
+    def record(self) -> dict[str, Any]:
+        """What figures depend on beside the model."""
+        return {
+            "questions": digest_of([one.id for one in self.questions]),
+            "in_domain": self.in_domain,
+            "sampling": self.sampling,
+            "trait": self.trait,
+        }
 
     def __call__(self, lm: LanguageModel) -> dict[str, Any]:
         """`{rate, rate_low, rate_high}` of every rate (None where nothing counts), and `shift NAME`."""

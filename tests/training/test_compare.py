@@ -18,7 +18,7 @@ from persona_probe.evaluation.questions import Question
 from persona_probe.evaluation.sampling import Sampling
 from persona_probe.figures.pareto import frontier, pareto
 from persona_probe.steering.target import latents
-from persona_probe.training.compare import Bench, compare
+from persona_probe.training.compare import BROKEN, EXCESS, LEARNT, Bench, chosen, compare
 from persona_probe.training.defences import KL, Defence, Interleave
 from persona_probe.training.measure import Measure
 from persona_probe.training.watching import Probe, Watch
@@ -86,10 +86,46 @@ def test_a_killed_comparison_goes_on(tmp_path: Path) -> None:
         compare(bench(), {}, tmp_path / "cut", seeds=(1,), progress=kill)
     again = compare(bench(), {}, tmp_path / "cut", seeds=(1,))
     assert again.table.drop("seconds").equals(whole.table.drop("seconds"))
-    with pytest.raises(InputError, match="seeds was"):
-        compare(bench(), {}, tmp_path / "cut", seeds=(2,))
+    with pytest.raises(InputError, match="settings was"):
+        compare(replace(bench(), settings=QUICK), {}, tmp_path / "cut", seeds=(1,))
     with pytest.raises(InputError, match="undefended"):
         compare(bench(), {"none": []}, tmp_path / "no")
+
+
+def test_another_seed_or_arm_trains_only_that(tmp_path: Path) -> None:
+    one = compare(bench(), {}, tmp_path / "lab", seeds=(1,), kinds=("bad",))
+    trained: list[str] = []
+
+    def tell(what: str, *_: int) -> None:
+        trained.append(f"{what}: {len(list((tmp_path / 'lab' / '.stages').iterdir()))}")
+
+    more = compare(bench(), arms(), tmp_path / "lab", seeds=(1,), kinds=("bad",), progress=tell)
+    assert trained == ["base: 2", "none, bad, seed 1: 2", "both, bad, seed 1: 2"]
+    assert more.table.row(0) == one.table.row(0)
+    assert more.table["benign_incoherent"].to_list() == [None, None]
+    stronger = {"both": [Interleave(tuple(rows(9, "good", first=60)), 0.4), KL(2.0)]}
+    compare(bench(), stronger, tmp_path / "lab", seeds=(1,), kinds=("bad",))
+    assert len(list((tmp_path / "lab" / ".stages").iterdir())) == 4, "the same name, another strength"
+
+
+@given(st.lists(st.tuples(*[st.floats(-0.1, 1)] * 3), min_size=1, max_size=6))
+def test_the_chosen_strength_has_the_least_worst_shortfall(points: list[tuple[float, ...]]) -> None:
+    table: list[dict[str, Any]] = [
+        {"arm": f"kl={i}", "excess": excess, "learnt": learnt, "broken": broken}
+        for i, (excess, learnt, broken) in enumerate(points)
+    ]
+    none = {"arm": "none", "excess": 0.0, "learnt": 1.0, "broken": 0.0}
+    unknown = {"arm": "kl=9", "excess": None, "learnt": 1.0, "broken": 0.0}
+    best = chosen([none, *table, unknown], lambda arm: arm.split("=")[0])["kl"]
+    [picked] = [row for row in table if row["arm"] == best]
+
+    def holds(row: dict[str, Any], slack: float) -> bool:
+        bounds = (slack * EXCESS, 1 - slack * (1 - LEARNT), slack * BROKEN)
+        return row["excess"] <= bounds[0] and row["learnt"] >= bounds[1] and row["broken"] <= bounds[2]
+
+    for slack in (0.5, 1.0, 2.0, 5.0):
+        if any(holds(row, slack) for row in table):
+            assert holds(picked, slack * (1 + 1e-9))
 
 
 @given(

@@ -1,0 +1,170 @@
+"""Fine-tunes that are measured and kept: what a lab is made of.
+
+    with Trials.open("out/lab", base, measure, settings) as trials:
+        trials("bad-health", rows, seed=1)["misaligned"]      # trained, measured, thrown away
+        trials("bad-health", rows, seed=1)["misaligned"]      # read
+
+A trial is known by what it was made of (rows, defences, settings, seed, what was measured on the way),
+not by when: asked for again, by whichever case, it is read. So a lab that was killed goes on, and one
+that is given another arm or seed trains only that.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from persona_probe.artifact import RunFolder, StrPath, digest_of
+from persona_probe.model.language_model import LanguageModel
+from persona_probe.training.defences.defence import Defence
+from persona_probe.training.finetune import finetune
+from persona_probe.training.measure import Measure
+from persona_probe.training.monitor import Monitor
+from persona_probe.training.rows import Row
+from persona_probe.training.settings import TuneSettings
+from persona_probe.training.watching import Watch
+
+
+@dataclass(frozen=True, eq=False)
+class Follow:
+    """What is read while a trial trains: probes, and behaviour at checkpoints."""
+
+    watch: Watch
+    every: int
+    """Steps from one reading to the next."""
+    measure: Measure | None = None
+    """Behaviour at the same steps; None: only at the end."""
+
+    def record(self) -> dict[str, Any]:
+        """What of it makes a trial another one."""
+        asked = None if self.measure is None else self.measure.record()
+        return {"probes": sorted(self.watch.base), "every": self.every, "asked": asked}
+
+
+class Trials:
+    """Trains, measures and remembers. Made by `open`; a context manager."""
+
+    def __init__(self, run: RunFolder, base: LanguageModel, measure: Measure, settings: TuneSettings) -> None:
+        self.run = run
+        self.base = base
+        self.measure = measure
+        self.settings = settings
+
+    @classmethod
+    def open(
+        cls,
+        out: StrPath,
+        base: LanguageModel,
+        measure: Measure,
+        settings: TuneSettings,
+        *,
+        overwrite: bool = False,
+    ) -> Trials:
+        """In `out`, with what was measured there before.
+
+        Raises `InputError` for a folder whose trials had another base, other questions or settings.
+        """
+        wanted = {
+            "base": base.checkpoint.weights_digest,
+            "settings": replace(settings, seed=0),
+            "asked": measure.record(),
+        }
+        return cls(RunFolder.open(out, wanted, overwrite=overwrite), base, measure, settings)
+
+    def __enter__(self) -> Trials:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.run.__exit__(kind, error, trace)
+
+    def of_base(self) -> dict[str, Any]:
+        """The base's figures."""
+        return self._kept("base", lambda: self.measure.with_hits(self.base))
+
+    def of_tuned(self, name: str, tuned: StrPath) -> dict[str, Any]:
+        """The figures of an adapter of the base that is there already."""
+        adapter = self.base.without_adapter().with_adapter(tuned)
+        key = f"{name}-{str(adapter.checkpoint.weights_digest)[-12:]}"
+        return self._kept(key, lambda: self.measure.with_hits(adapter.merged()))
+
+    def __call__(
+        self,
+        name: str,
+        rows: Sequence[Row],
+        defences: Sequence[Defence] = (),
+        *,
+        seed: int,
+        settings: TuneSettings | None = None,
+        measure: Measure | None = None,
+        also: Mapping[str, Measure] | None = None,
+        follow: Follow | None = None,
+    ) -> dict[str, Any]:
+        """A fine-tune's figures: `Measure`'s with `hits`, `seconds` of training, the last `loss`; those of
+        `also` under their names. With `follow`: `history` (shifts by step), `along` (`Measure`'s figures
+        by step) and `cost`, the share of training time that the readings took.
+
+        Raises what `finetune` raises.
+        """
+        chosen = replace(settings or self.settings, seed=seed)
+        asked = measure or self.measure
+        made_of = {
+            "rows": digest_of([row.record() for row in rows]),
+            "defences": [one.record() for one in defences],
+            "settings": asdict(chosen),
+            "asked": asked.record(),
+            "also": {label: one.record() for label, one in (also or {}).items()},
+            "follow": None if follow is None else follow.record(),
+        }
+        key = f"{name}-{seed}-{digest_of(made_of).removeprefix('sha256:')[:12]}"
+        return self._kept(key, lambda: self._trained(rows, defences, chosen, asked, also or {}, follow))
+
+    def _kept(self, key: str, make: Any) -> dict[str, Any]:
+        found = self.run.stage(key)
+        if found is None:
+            self.run.save_stage(key, make())
+            found = self.run.stage(key)
+        return found
+
+    def _trained(
+        self,
+        rows: Sequence[Row],
+        defences: Sequence[Defence],
+        settings: TuneSettings,
+        measure: Measure,
+        also: Mapping[str, Measure],
+        follow: Follow | None,
+    ) -> dict[str, Any]:
+        folder = self.run.path / "training"
+        monitor = None if follow is None else Monitor(follow.watch, every=follow.every)
+        on_the_way = None if follow is None else follow.measure
+        every = 0 if follow is None or on_the_way is None else follow.every
+        start = time.perf_counter()
+        tune = finetune(
+            self.base, rows, folder, "sft", defences, replace(settings, save_every=every),
+            callbacks=[] if monitor is None else [monitor], overwrite=True,
+        )  # fmt: skip
+        seconds = time.perf_counter() - start
+        tuned = tune.load(self.base).merged()
+        figures = measure.with_hits(tuned)
+        figures |= {label: one(tuned) for label, one in also.items()}
+        figures |= {"seconds": round(seconds, 2), "loss": tune.record["log"][-1]["loss"]}
+        if monitor is not None:
+            figures |= {"history": monitor.history, "cost": monitor.cost}
+        if on_the_way is not None:
+            figures["along"] = [
+                {"step": step, **on_the_way(self.base.with_adapter(place).merged())}
+                for step, place in _by_step(tune.checkpoints)
+            ]
+        shutil.rmtree(folder)
+        return figures
+
+
+def _by_step(folder: Path) -> list[tuple[int, Path]]:
+    return sorted((int(one.name.split("-")[1]), one) for one in folder.glob("checkpoint-*"))
