@@ -32,7 +32,10 @@ def steer(
     op: Annotated[str, typer.Option(help="With --latent: ablate, add, scale, clamp, cap, floor.")] = "ablate",
     level: Annotated[float | None, typer.Option(help="With --latent: the op's level, absolute.")] = None,
     positions: Annotated[
-        str, typer.Option(help="With --latent: all, prompt, response, last_prompt.")
+        str,
+        typer.Option(
+            help="With --latent: all, prompt, response, last_prompt, think, answer, or indices: 0,3,-1."
+        ),
     ] = "all",
     gain: Annotated[
         float | None, typer.Option(help="Instead of each edit's own gain. Above 1 over-corrects.")

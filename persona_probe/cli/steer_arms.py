@@ -130,11 +130,17 @@ def one_latent(
                 op,  # type: ignore[arg-type]
                 latents(dictionary, [int(index)]),
                 dictionary.site,
-                positions,  # type: ignore[arg-type]
+                _positions(positions),
                 None if level is None else Level((level,)),
             )
         )
     return tuple(edits)
+
+
+def _positions(text: str) -> Any:
+    """A name, or indices: `0,3,-1`."""
+    parts = text.split(",")
+    return tuple(map(int, parts)) if all(part.lstrip("-").isdigit() for part in parts) else text
 
 
 def _as_text(question: Question) -> Question:

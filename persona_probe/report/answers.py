@@ -52,6 +52,7 @@ def _prompt(record: Mapping[str, Any], arms: Sequence[str], labels: Sequence[str
                 "start": _token({**record[arm]["start"], "text": "▸"}, labels),
                 "tokens": [_token(token, labels) for token in record[arm]["tokens"]],
                 "truncated": record[arm]["truncated"],
+                "edits": record[arm]["edits"],
             }
             for arm in arms
         ],
@@ -59,10 +60,14 @@ def _prompt(record: Mapping[str, Any], arms: Sequence[str], labels: Sequence[str
 
 
 def _token(token: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
-    amounts = token["amounts"]
+    amounts, shade, text = token["amounts"], token["shade"] or 0, token["text"]
+    word = text.lstrip(" ")
     return {
-        "text": token["text"],
-        "shade": f"{token['shade'] or 0:.2f}",
+        # the ground is the word's, not the space before it
+        "before": text[: len(text) - len(word)],
+        "text": word,
+        "shade": f"{shade:.2f}",
+        "deep": shade > 0.6,
         "title": "not read"
         if amounts is None
         else ", ".join(f"{label}: {z:.3g}" for label, z in zip(labels, amounts, strict=True)),
