@@ -43,10 +43,13 @@ def main() -> None:
         kept[row["benchmark"]].append(row)
     console = Console()
     for name in asked.name or names():
-        figures: list[Figure] = importlib.import_module(f"benchmarks.{name}").run(quick=asked.quick)
-        kept[name] = [asdict(figure) | {"benchmark": name} for figure in figures]
+        figures: list[Figure] = []
+        # one by one: a run that is cut short leaves what it has measured
+        for figure in importlib.import_module(f"benchmarks.{name}").run(quick=asked.quick):
+            figures.append(figure)
+            kept[name] = [asdict(one) | {"benchmark": name} for one in figures]
+            write_json(results, [row for rows in kept.values() for row in rows])
         console.print(table(name, figures))
-        write_json(results, [row for rows in kept.values() for row in rows])
     machine = {"cores": os.cpu_count(), "processor": platform.processor() or platform.machine()}
     write_json(asked.out / "machine.json", machine | {"versions": versions(), "quick": asked.quick})
 

@@ -29,10 +29,13 @@ SITE = "blocks.3.hook_resid_post"
 PROMPT = 16
 
 
-def run(quick: bool) -> list[Figure]:
+def run(quick: bool) -> Iterator[Figure]:
+    """What costs nothing first."""
     with torch.no_grad():
         case = Case.of(quick)
-        return [*against_peers(case, quick), *many_rows(case, quick), *nothing_is_nothing(case)]
+        yield from nothing_is_nothing(case)
+        yield from against_peers(case, quick)
+        yield from many_rows(case, quick)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,24 +114,25 @@ def against_peers(case: Case, quick: bool) -> Iterator[Figure]:
                 verbose=False,
             )
 
+    plain, one, shape = "unsteered generate", "one clamped latent", f"8 rows x {case.new_tokens} new tokens"
+    lens, spliced_in = "TransformerLens generate, one hook", "sae-lens SAETransformerBridge, error term on"
+    ours = lambda: case.generate(ids, fix)  # noqa: E731
+    # a few per cent are asked for: these two take more turns than the peers, which are far off
+    near = medians({plain: lambda: case.generate(ids), one: ours}, repeats=1 if quick else 7)
+    cost = near[one] / near[plain]
+    yield Figure(f"{one}, {shape}", near[one], "s", plain, cost, "<= 1.05x", cost <= 1.05)
     contenders: dict[str, Callable[[], object]] = {
-        "unsteered generate": lambda: case.generate(ids),
-        "one clamped latent": lambda: case.generate(ids, fix),
-        "TransformerLens generate, one hook": lambda: by(bridge, fix.fwd_hooks()),
-        "sae-lens SAETransformerBridge, error term on": lambda: by(spliced, [(inner, clamp)]),
+        plain: lambda: case.generate(ids),
+        one: ours,
+        lens: lambda: by(bridge, fix.fwd_hooks()),
+        spliced_in: lambda: by(spliced, [(inner, clamp)]),
     }
+    taken = medians(contenders, repeats=1 if quick else 3)
+    gain = taken[spliced_in] / taken[one]
+    yield Figure(f"{one}, {shape}", taken[one], "s", spliced_in, gain, ">= 1.5x faster", gain >= 1.5)
+    yield Figure(f"{lens}, {shape}", taken[lens], "s", plain, taken[lens] / taken[plain])
     same = torch.equal(case.generate(ids, fix), by(spliced, [(inner, clamp)]))
-    taken = medians(contenders, repeats=1 if quick else 5)
-    plain, ours, lens, spliced_in = taken.values()
-    names = list(contenders)
-    shape = f"8 rows x {case.new_tokens} new tokens"
-    yield Figure(f"{names[1]}, {shape}", ours, "s", names[0], ours / plain, "<= 1.05x", ours / plain <= 1.05)
-    yield Figure(
-        f"{names[1]}, {shape}", ours, "s", names[3], spliced_in / ours, ">= 1.5x faster",
-        spliced_in / ours >= 1.5,
-    )  # fmt: skip
-    yield Figure("and the same tokens", float(same), "of 1", names[3], bar="the same clamp", holds=same)
-    yield Figure(f"{names[2]}, {shape}", lens, "s", names[0], lens / plain)
+    yield Figure("and the same tokens", float(same), "of 1", spliced_in, bar="the same clamp", holds=same)
 
 
 def many_rows(case: Case, quick: bool) -> Iterator[Figure]:
