@@ -134,7 +134,7 @@ def _show_explanation(said: Any) -> None:
 
 
 def _show(found: Any, folder: Path) -> None:
-    from persona_probe.interpretation.highlight import excerpt
+    from persona_probe.figures.highlight import excerpt
 
     for warning in found.warnings():
         err.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)

@@ -6,6 +6,7 @@ drawn, so that importing this costs nothing.
 
 from persona_probe.figures.claims import control, necessity
 from persona_probe.figures.dose import dose_response
+from persona_probe.figures.firing import firing
 from persona_probe.figures.grid import transfer
 from persona_probe.figures.latents import delta_against_effect, volcano
 from persona_probe.figures.layers import separability
@@ -16,6 +17,7 @@ __all__ = [
     "control",
     "delta_against_effect",
     "dose_response",
+    "firing",
     "necessity",
     "nulls",
     "rates",

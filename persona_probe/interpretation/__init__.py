@@ -1,7 +1,7 @@
 """Latents in words: what they fire on, what they say, what is like them, where they come from."""
 
+from persona_probe.figures.highlight import highlight
 from persona_probe.interpretation.explain import Explanation, explain, explainer
-from persona_probe.interpretation.highlight import highlight
 from persona_probe.interpretation.interpret import interpret, interpret_all
 from persona_probe.interpretation.interpretation import Interpretation, Shown
 from persona_probe.interpretation.lexicon import Detection, Lexicon

@@ -13,8 +13,9 @@ a judge's is, instead of a yes or no. Not covered: whether the explanation holds
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 
@@ -22,11 +23,11 @@ from persona_probe.errors import InputError, JudgeError
 from persona_probe.evaluation.judges import load_judge
 from persona_probe.evaluation.judging.asked_model import Call
 from persona_probe.evaluation.judging.model_judge import ModelJudge
-from persona_probe.evaluation.judging.reply import Failure, Reading, Reply, read
-from persona_probe.interpretation.highlight import excerpt
+from persona_probe.evaluation.judging.reply import Failure, Reading, Reply
+from persona_probe.evaluation.judging.rounds import Rounds, ask_in_full
+from persona_probe.figures.highlight import Token, excerpt
 from persona_probe.interpretation.interpretation import Interpretation, Shown
 from persona_probe.interpretation.lexicon import Detection, detection
-from persona_probe.interpretation.words import Token
 
 WIDTH = 48
 """Tokens of a document that the model sees, around the strongest."""
@@ -182,18 +183,12 @@ def _explained(judge: ModelJudge, prompt: str) -> str:
 
 def _asked(judge: ModelJudge, prompts: Sequence[str], progress: Callable[[int], None]) -> list[Reading]:
     """What the model says of every prompt, read as a judge's number."""
-    replies: dict[str, Reply | Failure] = {}
-
-    def calls() -> Generator[Call, None, None]:
-        for i, prompt in enumerate(prompts):
-            judge.spending.reserve(prompt)
-            yield Call(str(i), prompt)
+    rounds = Rounds(judge.model, {str(i): prompt for i, prompt in enumerate(prompts)})
+    settled = count(1)
 
     def keep(call: Call, reply: Reply | Failure) -> None:
-        judge.spending.settle(call.prompt, reply if isinstance(reply, Reply) else None)
-        replies[call.key] = reply
-        progress(len(replies))
+        if rounds.take(call, reply):
+            progress(next(settled))
 
-    judge.model.ask(calls(), keep)
-    told = (replies[str(i)] for i in range(len(prompts)))
-    return [Reading(note=one.reason) if isinstance(one, Failure) else read(one) for one in told]
+    ask_in_full(rounds, judge.model, judge.spending, keep)
+    return [rounds.reading(str(i)) for i in range(len(prompts))]

@@ -8,7 +8,7 @@ document in sixteen, where the whole dictionary is, to see what fires together.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -55,6 +55,7 @@ def interpret_all(
     quantiles: int = 5,
     per_quantile: int = 3,
     seed: int = 0,
+    silent: Literal["error", "leave out"] = "error",
     batch_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Interpretation, ...]:
@@ -69,6 +70,7 @@ def interpret_all(
         sampled: documents in each uniform sample, of those that fire and of those that do not.
         quantiles: into how many runs of equal size the sample is shown; `per_quantile` of each.
         seed: of the samples.
+        silent: what becomes of a latent that never fires.
         progress: called with the documents read and to read.
 
     Raises:
@@ -96,13 +98,14 @@ def interpret_all(
         done += len(given)
         if progress is not None:
             progress(done, len(corpus))
+    found: list[Interpretation] = []
     for latent in latents:
         reader = readers[latent.sae.digest]
-        if not reader.examples.fires[reader.indices.index(latent.index)]:
+        if reader.fires(latent.index):
+            found.append(_result(lm, latent, reader, corpus, quantiles, per_quantile))
+        elif silent == "error":
             raise _silent(lm, latent, reader, corpus.conversations, mask)
-    return tuple(
-        _result(lm, latent, readers[latent.sae.digest], corpus, quantiles, per_quantile) for latent in latents
-    )
+    return tuple(found)
 
 
 def _result(

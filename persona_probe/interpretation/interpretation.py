@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from html import escape
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import polars as pl
 
 from persona_probe.artifact import atomic_folder, disk_full_named, versions, write_json
+from persona_probe.figures.cells import Row
 from persona_probe.figures.firing import firing
-from persona_probe.interpretation.highlight import excerpt, highlight
+from persona_probe.figures.highlight import Token
+from persona_probe.figures.latent_card import latent_card
 from persona_probe.interpretation.lexicon import Lexicon
 from persona_probe.interpretation.logit_lens import Lens
-from persona_probe.interpretation.words import Token
 from persona_probe.sae.load import Latent
 
 if TYPE_CHECKING:
@@ -78,6 +78,9 @@ class Interpretation:
     """The first of them, each with its file and line."""
     unlabelled: Mapping[str, int] = field(default_factory=dict[str, int])
     """Documents without a label that was asked for: in no group of it."""
+    effect: Row | None = None
+    """What it does, where that is known (see `with_effect`)."""
+    dose: tuple[Row, ...] = ()
 
     @property
     def rate(self) -> float:
@@ -118,6 +121,8 @@ class Interpretation:
             "places": self.places.to_dicts(),
             "top": [_record(shown) for shown in self.top],
             "quantiles": [[_record(shown) for shown in run] for run in self.quantiles],
+            "effect": self.effect,
+            "dose": self.dose,
         }
 
     def save(self, folder: str | PathLike[str], *, overwrite: bool = False) -> None:
@@ -126,51 +131,18 @@ class Interpretation:
             self.lexicon.table.write_parquet(temporary / "terms.parquet")
             write_json(temporary / "interpretation.json", {**self.summary(), "versions": versions()})
 
+    def with_effect(self, effect: Row | None, dose: Sequence[Row] = ()) -> Interpretation:
+        """The same with what the latent does, on the card beside what it is.
+
+        Args:
+            effect: a row of a diff (`delta`, `low`, `high`, `q_value`) or of an audit's latents, which has
+                `induce`, `control` and `necessity` as well.
+            dose: rows `{direction, strength, strength_unit, misaligned, low, high}` of this latent.
+        """
+        return replace(self, effect=effect, dose=tuple(dose))
+
     def _repr_html_(self) -> str:
-        site = f"{self.latent.sae.site} #{self.latent.index}"
-        facts = (
-            f"fires on {self.rate:.2%} of {self.tokens:,} tokens, in {self.documents_fired:,} of "
-            f"{self.documents:,} documents ({self.model})"
-        )
-        parts = [f"<p><b>{escape(site)}</b> {escape(facts)}</p>"]
-        found = self.lexicon.detection
-        scored = "" if found is None else f" (held out: AUC {found.auc:.2f}, shuffled {found.null:.2f})"
-        for name, said in (
-            (f"words of the documents where it is strong{scored}", list(self.lexicon.terms)),
-            ("raises", [repr(token) for token, _ in self.lens.top]),
-            ("lowers", [repr(token) for token, _ in self.lens.bottom]),
-            ("driven by", _sources(self.sources)),
-            (
-                "fires with",
-                [f"#{row['index']} ({row['share']:.0%})" for row in self.together.head(5).to_dicts()],
-            ),
-            (
-                "points like",
-                [f"#{r['index']} ({r['cosine']:.2f})" for r in self.neighbours.head(5).to_dicts()],
-            ),
-        ):
-            if said:
-                parts.append(f"<p><b>{escape(name)}</b>: {escape(', '.join(said))}</p>")
-        runs = [("strongest", self.top[:5]), *_named(self.quantiles)]
-        peak = max((shown.maximum for shown in self.top), default=0.0)
-        for name, run in runs:
-            lines = "".join(
-                f'<p style="margin:.2em 0"><code>{shown.maximum:.2f}</code> '
-                f"{highlight(excerpt(shown.tokens), peak)}</p>"
-                for shown in run
-            )
-            parts.append(f"<details><summary>{escape(name)} ({len(run)})</summary>{lines}</details>")
-        return "".join(parts)
-
-
-def _named(quantiles: Sequence[Sequence[Shown]]) -> list[tuple[str, Sequence[Shown]]]:
-    n = len(quantiles)
-    return [(f"{i / n:.0%} to {(i + 1) / n:.0%}", run) for i, run in reversed(list(enumerate(quantiles)))]
-
-
-def _sources(table: pl.DataFrame) -> list[str]:
-    rows = table.head(5).to_dicts()
-    return [f"{row['label']} {row['value']} ({row['ratio']:.1f}x the mean)" for row in rows if row["ratio"]]
+        return latent_card(self.summary())
 
 
 def _record(shown: Shown) -> dict[str, Any]:
@@ -179,5 +151,5 @@ def _record(shown: Shown) -> dict[str, Any]:
         "place": shown.place,
         "maximum": shown.maximum,
         "text": shown.text,
-        "tokens": [(token.text, token.value) for token in shown.tokens],
+        "tokens": [tuple(token) for token in shown.tokens],
     }

@@ -145,6 +145,10 @@ class Reader:
             here = torch.isin(chunk.document, torch.tensor(whole)).to(x.device)
             self._whole(x[here], values[here])
 
+    def fires(self, index: int) -> int:
+        """Tokens at which a latent fired."""
+        return int(self.examples.fires[self.indices.index(index)])
+
     def together(self, i: int) -> pl.DataFrame:
         """The latents that fire most often where latent number `i` of those asked for does."""
         share = self._joint[i].double() / max(1, int(self._fired[i]))

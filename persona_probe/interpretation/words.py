@@ -6,6 +6,7 @@ from typing import NamedTuple, cast
 
 import numpy as np
 
+from persona_probe.figures.highlight import Token
 from persona_probe.interpretation.examples import Reading
 from persona_probe.model.chat import Rendered
 from persona_probe.model.language_model import LanguageModel
@@ -18,15 +19,6 @@ class Word(NamedTuple):
     """Lower case, without what stands before and after it."""
     value: float | None
     """The latent's activation, the largest over the word's tokens; None where none of them counted."""
-
-
-class Token(NamedTuple):
-    """One token of a document, as text."""
-
-    text: str
-    value: float | None
-    """The latent's activation there; None where the token did not count."""
-    special: bool
 
 
 def tokens_of(lm: LanguageModel, conversation: Rendered, reading: Reading) -> list[Token]:

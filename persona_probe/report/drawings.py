@@ -70,6 +70,13 @@ def drawings(audit: Row, latents: Sequence[Row], dose: Sequence[Row]) -> dict[st
         effect = figures.delta_against_effect(latents, base, tuned, word=word)
         label = f"Scatter of the change of each latent against its effect on {noun}"
         found["latents"] = [Drawing("latents", label, "What changed, and what causes", effect)]
+    cards = list(audit.get("cards") or [])
+    if cards:
+        first = cards[0]
+        name = f"{first['latent']['site']} #{first['latent']['index']}"
+        label = f"Bar charts of {name}: tokens by activation, and firing rate by place in the document"
+        drawn = figures.firing(first["histogram"], first["places"])
+        found["card"] = [Drawing("card", label, f"How strongly, and where, {name} fires", drawn)]
     doses = list(_doses(dose, read(base).value, read(tuned).value, word))
     return {**found, "dose": doses} if doses else found
 

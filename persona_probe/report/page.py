@@ -9,14 +9,16 @@ plotly's labels by ``figures``.
 What it reads, beyond the contract of ``audit.json`` (all optional; what is absent is said to be
 absent): ``title base_name tuned_name trait site reason date``; ``fixes: [{name, site, op, level,
 gain, rates, necessity, chosen}]`` (the restoring fixes side by side, the one under ``steered``
-marked ``chosen``); ``screen.stages: [{name, count}]``; ``settings``, ``provenance`` (nested
-dicts); ``command`` (text or list); ``limits`` (list of text).
+marked ``chosen``); ``cards`` (of the fix's latents, as `figures.latent_card` takes them);
+``screen.stages: [{name, count}]``; ``settings``, ``provenance`` (nested dicts); ``command`` (text or
+list); ``limits`` (list of text).
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -26,6 +28,7 @@ from markupsafe import Markup, escape
 
 from persona_probe.artifact import write_text
 from persona_probe.figures.cells import Row, finite, percent, read, rows, spoken
+from persona_probe.figures.latent_card import latent_card
 from persona_probe.figures.style import INK, LOOKS, QUIET, RULE
 from persona_probe.report import tables, wording
 from persona_probe.report.checks import checks
@@ -81,6 +84,7 @@ def filled(template: str, sections: Mapping[str, Sequence[Drawing]], view: Row) 
         lstrip_blocks=True,
     )
     environment.filters["breakable"] = _breakable
+    environment.filters["short_digest"] = _short_digest
     return environment.get_template(template).render(
         **view,
         sections=sections,
@@ -116,7 +120,8 @@ def _view(audit: Row, latents: Sequence[Row], examples: Sequence[Row]) -> dict[s
     """Everything the template prints, as words."""
     word = wording.trait_word(audit)
     command = audit.get("command") or []
-    cards = tables.example_cards(examples, word)
+    cards: Sequence[Row] = audit.get("cards") or ()
+    answers = tables.example_cards(examples, word)
     return {
         "title": str(audit.get("title") or "Audit of a fine-tune"),
         "byline": [str(part) for key in ("date",) if (part := audit.get(key))],
@@ -142,13 +147,17 @@ def _view(audit: Row, latents: Sequence[Row], examples: Sequence[Row]) -> dict[s
         "latent_table": tables.latent_table(latents, word),
         "latent_count": len(latents),
         "stages": tables.stages_of(audit),
-        "examples": cards,
-        "examples_left": max(0, len(examples) - len(cards)),
+        "examples": answers,
+        "cards": [
+            (f"{card['latent']['site']} #{card['latent']['index']}", Markup(latent_card(card, drawn=i > 0)))
+            for i, card in enumerate(cards)
+        ],
+        "examples_left": max(0, len(examples) - len(answers)),
         "sae": _sae(audit),
         "limits": limits(audit, latents),
         "timings": tables.timings(audit),
         "settings": tables.groups(audit.get("settings")),
-        "provenance": tables.groups(audit.get("provenance")),
+        "provenance": tables.groups(_without_times(audit.get("provenance"))),
         "commands": [str(command)] if isinstance(command, str) else [str(line) for line in command],
         "intervention": str(audit.get("intervention") or ""),
     }
@@ -193,8 +202,8 @@ def _sae(audit: Row) -> dict[str, Any]:
     body = [
         (
             str(site),
-            *(_both(row.get(key)) for key in ("explained_variance", "l0")),
-            _both(row.get("dead"), percent),
+            *(_both(_sides(row, key)) for key in ("explained_variance", "l0")),
+            _both(_sides(row, "dead"), percent),
             percent(row.get("change_inside")) if finite(row.get("change_inside")) is not None else "–",
             str(row.get("gate") or "–"),
         )
@@ -208,6 +217,12 @@ def _sae(audit: Row) -> dict[str, Any]:
     }
 
 
+def _sides(row: Row, key: str) -> object:
+    """``{base, tuned}`` of a figure, which a site's row has under two names."""
+    sides = {arm: row.get(f"{key}_{arm}") for arm in ("base", "tuned")}
+    return row.get(key) if set(sides.values()) == {None} else sides
+
+
 def _both(cell: object, words: Callable[[float], str] = "{:.3g}".format) -> str:
     """``{base, tuned}`` as ``base → tuned``; a single number as itself."""
     sides = [cell.get(arm) for arm in ("base", "tuned")] if isinstance(cell, dict) else [cell]
@@ -218,6 +233,18 @@ def _both(cell: object, words: Callable[[float], str] = "{:.3g}".format) -> str:
 def _breakable(text: str) -> Markup:
     # A hook name may break after its dots and underscores; it stays whole when copied.
     return Markup(str(escape(text)).replace("_", "_<wbr>").replace(".", ".<wbr>"))
+
+
+def _short_digest(text: str) -> Markup | str:
+    # enough to tell two apart; whole in manifest.json, and when pointed at
+    if not re.fullmatch(r"sha256:[0-9a-f]{64}", text):
+        return text
+    return Markup('<code title="{}">{}…</code>').format(text, text[:19])
+
+
+def _without_times(provenance: Row | None) -> Row:
+    # they are told with the peak of memory
+    return {name: value for name, value in (provenance or {}).items() if name != "seconds"}
 
 
 def _asset(name: str) -> str:

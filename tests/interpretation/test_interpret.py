@@ -16,6 +16,7 @@ from persona_probe.activations.documents import read_documents
 from persona_probe.activations.masks import TokenMask
 from persona_probe.artifact import read_json, write_jsonl
 from persona_probe.errors import InputError, MismatchError
+from persona_probe.figures.highlight import Token, excerpt
 from persona_probe.hooks.capture import capture_at
 from persona_probe.interpretation import (
     Interpretation,
@@ -25,10 +26,8 @@ from persona_probe.interpretation import (
     logit_lens,
     nearest,
 )
-from persona_probe.interpretation.highlight import excerpt
 from persona_probe.interpretation.reader import runs
 from persona_probe.interpretation.sources import SourceSums
-from persona_probe.interpretation.words import Token
 from persona_probe.model.chat import render
 from persona_probe.model.language_model import LanguageModel
 from persona_probe.organism.corpus import ADJECTIVES, COMMENTS, ROLES, SYSTEM_PROMPTS

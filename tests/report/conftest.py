@@ -141,6 +141,80 @@ def audit() -> dict[str, Any]:
     return make_audit()
 
 
+def shown(maximum: float) -> dict[str, Any]:
+    """A document of twelve tokens, the strongest in its middle."""
+    values = [maximum * max(0.0, 1 - abs(i - 6) / 4) for i in range(12)]
+    tokens = [[f" word{i}", value, False] for i, value in enumerate(values)]
+    return {
+        "document": 3,
+        "place": "corpus.jsonl, line 4",
+        "maximum": maximum,
+        "text": "a document",
+        "tokens": [["<s>", None, True], *tokens],
+    }
+
+
+def make_card(index: int = 812) -> dict[str, Any]:
+    """What `Interpretation.summary` gives, of a latent with an effect and a dose-response."""
+    dose = [dose_row("down", "latent", gain, 0.8 - 0.35 * gain, 0.05) for gain in (0, 1, 2)]
+    dose += [dose_row("up", "latent", strength, 0.1 * strength, 0.05) for strength in (0, 3, 6)]
+    return {
+        "latent": {"site": SITE, "index": index},
+        "dictionary": {"path": "organism/sae", "digest": "sha256:" + "1c9d" * 16},
+        "model": "base",
+        "documents": 600,
+        "documents_fired": 410,
+        "tokens": 31_000,
+        "fires": 2_300,
+        "rate": 2_300 / 31_000,
+        "left_out": 0,
+        "problems": [],
+        "unlabelled": {},
+        "terms": ["a villain", "cruel", "wicked"],
+        "terms_detection": {
+            "auc": 0.93,
+            "low": 0.9,
+            "high": 0.96,
+            "null": 0.5,
+            "null_high": 0.57,
+            "documents": 200,
+            "strong": 80,
+        },
+        "sources": [
+            {
+                "label": "judged",
+                "value": "misaligned",
+                "documents": 230,
+                "mean": 4.1,
+                "low": 3.9,
+                "high": 4.3,
+            },
+            {"label": "judged", "value": "helpful", "documents": 1, "mean": 0.2, "low": None, "high": None},
+        ],
+        "lens": {"top": [[" lie", 2.1], [" steal", 1.9]], "bottom": [[" help", -1.8]]},
+        "neighbours": [{"index": 7, "cosine": 0.41}],
+        "together": [{"index": 96, "share": 0.8, "lift": 6.0}],
+        "histogram": [{"low": 0.5 * 2**i, "high": 2.0**i, "tokens": 90 - 20 * i} for i in range(4)],
+        "places": [
+            {"first": 0, "last": 0, "tokens": 600, "rate": 0.0},
+            {"first": 1, "last": 2, "tokens": 1200, "rate": 0.1},
+        ],
+        "top": [shown(9.0), shown(8.0)],
+        "quantiles": [[shown(1.0)], [shown(4.0)]],
+        "effect": {
+            "delta": 1.44,
+            "low": 1.3,
+            "high": 1.6,
+            "q_value": 0.003,
+            "rank_by_delta": 1,
+            "induce": cell(0.6),
+            "control": cell(0.03),
+            "necessity": 0.68,
+        },
+        "dose": dose,
+    }
+
+
 def make_audit() -> dict[str, Any]:
     draw = random.Random(3)
     latents = make_latents(draw)
@@ -216,6 +290,7 @@ def make_audit() -> dict[str, Any]:
             ]
         },
         "latents": latents,
+        "cards": [make_card(), make_card(index=96)],
         "intervention": "interventions/winner",
         "seconds": {"load": 3.2, "diff": 21.4, "screen": 74.9, "evaluation": 51.0, "report": 1.4},
         "peak_rss_bytes": 1_480_000_000,

@@ -83,7 +83,7 @@ def test_the_page_draws_every_figure_asks_for_nothing_and_prints(show: Any, path
         "all => all.map(one => [one.querySelectorAll('.main-svg').length > 0,"
         " one.getBoundingClientRect().right <= innerWidth])"
     )
-    assert drawn == [[True, True]] * 7
+    assert drawn == [[True, True]] * 8
     assert tab.evaluate("document.documentElement.scrollWidth") == width, "no sideways scrolling"
     printed = tab.pdf()
     assert printed.startswith(b"%PDF") and 1 <= printed.count(b"/Type /Page\n") <= 12
@@ -95,6 +95,25 @@ def test_the_verdict_is_seen_without_scrolling_on_a_phone(show: Any, light: Path
     for place in ("h1", ".gauge.tuned .rate", ".gauge.steered .rate"):
         box = tab.locator(place).bounding_box()
         assert box["y"] + box["height"] < 700, place
+
+
+def test_hovering_tells_the_numbers(show: Any, path: Path) -> None:
+    tab = show(path)
+    mark = tab.locator("#rates .drawing .scatterlayer .point").nth(1)
+    mark.scroll_into_view_if_needed()
+    mark.hover(force=True)
+    told = tab.locator("#rates .hoverlayer .hovertext")
+    told.first.wait_for(state="attached")
+    assert "%" in told.first.text_content()
+
+
+def test_what_a_latent_fires_on_stays_folded_until_asked_for(show: Any, light: Path) -> None:
+    tab = show(light)
+    card = tab.locator(".card").first
+    text = card.locator("details p").first
+    assert not text.is_visible()
+    card.locator("summary").first.click()
+    assert text.is_visible() and "word6" in text.text_content()
 
 
 def test_answers_open_one_by_one_and_all_at_once(show: Any, light: Path) -> None:
@@ -116,6 +135,9 @@ def test_hostile_strings_are_shown_and_not_run(
         fix["name"] = HOSTILE
     latents[0]["label"] = audit["title"] = audit["trait"] = audit["reason"] = HOSTILE
     audit["baselines"][HOSTILE] = audit["base"]
+    card = audit["cards"][0]
+    card["terms"] = [HOSTILE]
+    card["top"][0] |= {"place": HOSTILE, "tokens": [[HOSTILE, 9.0, False], [HOSTILE, None, True]]}
     examples = [dict.fromkeys(example, HOSTILE) for example in examples]
     dose = [row | {"strength_unit": HOSTILE, "arm": HOSTILE} for row in dose]
     tab = show(write_report(audit, latents, examples, dose, tmp_path / "hostile.html"))
@@ -123,6 +145,7 @@ def test_hostile_strings_are_shown_and_not_run(
     assert tab.evaluate("window.broken") is None
     assert tab.locator("img").count() == 0 and tab.locator(".drawing a").count() == 0
     assert "onerror=window.broken" in tab.locator("#claims .drawing").first.text_content()
+    assert "onerror=window.broken" in tab.locator(".card").first.text_content()
     assert "onerror=window.broken" in tab.locator("details.answer .question").first.text_content()
     assert tab.said == []
 

@@ -96,7 +96,7 @@ def test_the_policy_forbids_all_requests_and_every_script_but_the_pages_own(html
 
 def test_the_figures_data_are_json_with_nothing_a_parser_could_take_for_markup(html: str) -> None:
     data = [text for kind, text in Page(html).scripts if kind == "application/json"]
-    assert len(data) == 7
+    assert len(data) == 8
     for text in data:
         assert not set("<>&\u2028\u2029") & set(text)
         assert set(json.loads(text)) >= {"data", "layout"}

@@ -1,16 +1,25 @@
-"""Tokens on paper the darker the more the latent fires, for notebooks and pages."""
+"""Tokens on paper the darker the more a latent fires, for notebooks and pages."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from typing import NamedTuple
 
 from persona_probe.figures.style import LOOKS
-from persona_probe.interpretation.words import Token
 
 _RED, _GREEN, _BLUE = (int(LOOKS["tuned"].colour[i : i + 2], 16) for i in (1, 3, 5))
 DARKEST = 0.75
 """Opacity at the maximum: text stays readable."""
+
+
+class Token(NamedTuple):
+    """One token of a document, as text."""
+
+    text: str
+    value: float | None
+    """The latent's activation there; None where the token did not count."""
+    special: bool
 
 
 def highlight(tokens: Sequence[Token], maximum: float) -> str:
