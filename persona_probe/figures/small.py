@@ -49,17 +49,17 @@ def lines(points: Sequence[Row], title: str, colour: str) -> str:
     return _framed(drawn, f"{title}, 0 to 100%", "0", f"{most:.3g} {unit}")
 
 
-def interval(low: object, value: object, high: object, most: float) -> str:
+def interval(low: object, value: object, high: object, most: float, colour: str = QUIET) -> str:
     """A mean with its interval on a scale from 0 to `most`."""
     scale = 90 / most if most > 0 else 0.0
     middle, left, right = ((finite(one) or 0.0) * scale for one in (value, low, high))
     span = "" if finite(low) is None or finite(high) is None else (
-        f'<line x1="{5 + left:.1f}" x2="{5 + right:.1f}" y1="7" y2="7" stroke="{QUIET}" stroke-width="2"/>'
+        f'<line x1="{5 + left:.1f}" x2="{5 + right:.1f}" y1="7" y2="7" stroke="{colour}" stroke-width="2"/>'
     )  # fmt: skip
     return (
         '<svg width="100" height="14" style="flex:none" aria-hidden="true">'
         f'<line x1="5" x2="95" y1="7" y2="7" stroke="{RULE}"/>{span}'
-        f'<circle cx="{5 + middle:.1f}" cy="7" r="3.5" fill="{QUIET}"/></svg>'
+        f'<circle cx="{5 + middle:.1f}" cy="7" r="3.5" fill="{colour}"/></svg>'
     )
 
 

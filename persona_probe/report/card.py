@@ -3,32 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from markupsafe import escape
 
-ARMS = ("base", "tuned", "steered", "induced")
-COLUMNS = ("misaligned", "other_persona", "incoherent", "in_domain", "skill")
+from persona_probe.figures.cells import percent, read
+from persona_probe.figures.small import interval
+from persona_probe.figures.style import LOOKS, QUIET
+from persona_probe.report import wording
+
+ARMS: Final = ("base", "tuned", "steered", "induced")
+COLUMNS: Final = ("misaligned", "other_persona", "incoherent", "in_domain", "skill")
+TONES: Final = {
+    wording.GOOD: LOOKS["steered"].colour,
+    wording.BAD: LOOKS["tuned"].colour,
+    wording.WARN: "#8a6100",
+    wording.OPEN: QUIET,
+}
 
 
 def audit_card(record: Mapping[str, Any]) -> str:
-    """The content of ``audit.json`` as a small HTML table; every string is escaped."""
-    head = "".join(f"<th>{escape(name.replace('_', ' '))}</th>" for name in COLUMNS)
+    """The content of ``audit.json`` as HTML; every string is escaped."""
+    trait, headline = wording.trait_word(record), wording.headline(record)
+    names = (trait if name == "misaligned" else name.replace("_", " ") for name in COLUMNS)
+    head = "".join(f"<th>{escape(name)}</th>" for name in ("", *names))
     body = "".join(
-        f"<tr><th>{escape(arm)}</th>"
-        + "".join(f"<td>{_rate(record[arm].get(name))}</td>" for name in COLUMNS)
+        f"<tr><th>{escape(LOOKS[arm].words)}</th>"
+        + "".join(
+            f"<td>{_rate(record[arm].get(name), arm, drawn=name == 'misaligned')}</td>" for name in COLUMNS
+        )
         + "</tr>"
         for arm in ARMS
         if record.get(arm)
     )
-    after = f" → <b>{escape(record['after'])}</b>" if record.get("after") else ""
+    said = " → ".join(str(record[key]) for key in ("verdict", "after") if record.get(key))
+    colour = TONES[headline.tone]
     return (
-        f"<p><b>{escape(record['verdict'])}</b>{after}<br>{escape(record['reason'])}</p>"
-        f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
+        f'<p style="font-size:1.25em;font-weight:600;color:{colour};margin:.2em 0">{escape(headline.sentence)}</p>'
+        f"<p><b>{escape(said)}</b><br>{escape(record['reason'])}</p>"
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     )
 
 
-def _rate(one: Mapping[str, Any] | None) -> str:
-    if not one or one["rate"] is None:
+def _rate(one: Mapping[str, Any] | None, arm: str, *, drawn: bool) -> str:
+    """A rate with its interval; the first column also on a scale from 0 to 100%."""
+    found = read(one)
+    if found.value is None:
         return "–"
-    return f"{one['rate']:.2f} [{one['low']:.2f}, {one['high']:.2f}]"
+    words = percent(found.value)
+    if found.low is not None and found.high is not None:
+        words += f' <small style="color:{QUIET}">{percent(found.low)[:-1]}–{percent(found.high)[:-1]}</small>'
+    mark = interval(found.low, found.value, found.high, 1.0, LOOKS[arm].colour) if drawn else ""
+    return f"{mark} {words}"

@@ -9,7 +9,8 @@ import pytest
 
 from persona_probe.figures.latent_card import latent_card
 from persona_probe.figures.small import HEIGHT, bars, interval, lines
-from tests.report.conftest import make_card
+from persona_probe.report.card import audit_card
+from tests.report.conftest import make_audit, make_card
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'"
 
@@ -56,6 +57,17 @@ def test_no_string_becomes_markup(key: str) -> None:
     record = make_card()
     card = latent_card(record | {key: hostile(record[key])})
     assert "<img" not in card and "&lt;img" in card
+
+
+def test_an_audit_in_a_cell_says_its_verdict_and_rates() -> None:
+    record = make_audit() | {"reason": HOSTILE}
+    card = audit_card(record)
+    words = " ".join(re.sub(r"<[^>]+>", " ", card).split())
+    assert "Switching the persona off cures it elsewhere; the tuned domain stays harmful." in words
+    assert "misaligned, persona found → persona suppressed, narrow harm remains" in words
+    assert "fine-tuned 78%" in words and "fine-tuned, fix on 2.9%" in words
+    assert card.count("<svg") == 4 and "<img" not in card
+    assert "–" in audit_card(record | {"base": {"misaligned": {"rate": None}}})
 
 
 def test_bars_are_as_high_as_their_share_of_the_highest() -> None:
