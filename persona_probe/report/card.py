@@ -27,22 +27,19 @@ def audit_card(record: Mapping[str, Any]) -> str:
     trait, headline = wording.trait_word(record), wording.headline(record)
     names = (trait if name == "misaligned" else name.replace("_", " ") for name in COLUMNS)
     head = "".join(f"<th>{escape(name)}</th>" for name in ("", *names))
-    body = "".join(
-        f"<tr><th>{escape(LOOKS[arm].words)}</th>"
-        + "".join(
-            f"<td>{_rate(record[arm].get(name), arm, drawn=name == 'misaligned')}</td>" for name in COLUMNS
-        )
-        + "</tr>"
-        for arm in ARMS
-        if record.get(arm)
-    )
+    body = "".join(_row(record[arm], arm) for arm in ARMS if record.get(arm))
     said = " → ".join(str(record[key]) for key in ("verdict", "after") if record.get(key))
-    colour = TONES[headline.tone]
+    style = f"font-size:1.25em;font-weight:600;margin:.2em 0;color:{TONES[headline.tone]}"
     return (
-        f'<p style="font-size:1.25em;font-weight:600;color:{colour};margin:.2em 0">{escape(headline.sentence)}</p>'
+        f'<p style="{style}">{escape(headline.sentence)}</p>'
         f"<p><b>{escape(said)}</b><br>{escape(record['reason'])}</p>"
         f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     )
+
+
+def _row(rates: Mapping[str, Any], arm: str) -> str:
+    cells = (_rate(rates.get(name), arm, drawn=name == "misaligned") for name in COLUMNS)
+    return f"<tr><th>{escape(LOOKS[arm].words)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
 def _rate(one: Mapping[str, Any] | None, arm: str, *, drawn: bool) -> str:
