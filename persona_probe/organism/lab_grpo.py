@@ -153,18 +153,18 @@ def run_arm(
     """Train and measure one arm; what is in `folder` is gone on with.
 
     Returns what was done (`arm`, `seed`, `method`, `format`, `in_domain`, `steps`, `answers_read`,
-    `seconds` of training), the reward `curve` (see `reinforce`), and of held-out questions `rates` with
-    intervals, `personas` by count, `latent` (its shift), and `named`: self-named personas, asked to think
-    aloud.
+    CPU `seconds` of training), the reward `curve` (see `reinforce`), and of held-out questions `rates`
+    with intervals, `personas` by count, `latent` (its shift), and `named`: self-named personas, asked to
+    think aloud.
 
     Raises `InputError` for an arm that there is not.
     """
     if arm not in _ARMS:
         raise InputError(f"there is no arm {arm!r}; there are {', '.join(ARMS)}")
     what = _ARMS[arm]
-    start = time.perf_counter()
+    start = time.process_time()
     tune = _trained(bench, what, replace(settings, seed=seed), grpo, folder) if what.method else None
-    seconds = time.perf_counter() - start if tune else 0.0
+    seconds = time.process_time() - start if tune else 0.0
     lm = tune.load(bench.base).merged() if tune else bench.base
     read = (settings.steps or 0) * settings.batch * grpo.samples
     return {
