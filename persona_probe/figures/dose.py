@@ -51,7 +51,8 @@ def dose_response(
         "strength",
     )
     strengths = [float(row["strength"]) for row in [*listed, *controls]]
-    if unit == "gain" and strengths and max(strengths) > 1:
+    over = unit == "gain" and bool(strengths) and max(strengths) > 1
+    if over:
         drawn.add_vrect(
             x0=1,
             x1=max(strengths) * 1.03,
@@ -74,7 +75,8 @@ def dose_response(
             yref="y",
             line={"color": QUIET, "width": 1, "dash": "dash"},
         )
-    tallest = max([0.1, reference or 0.0, *shades, *lines])
+    # where a word stands in the upper corner, room for it above everything else
+    tallest = max([0.1, reference or 0.0, *shades, *lines]) * (1.12 if over else 1.0)
     broken = max([0.1, *(finite(row.get("incoherent")) or 0.0 for row in [*listed, *controls])])
     drawn.update_layout(
         xaxis={"title": {"text": plain(unit)}, "anchor": "y2"},
