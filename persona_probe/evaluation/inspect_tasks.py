@@ -31,7 +31,7 @@ from persona_probe.evaluation.answers import Answer
 from persona_probe.evaluation.gathering import Gathering
 from persona_probe.evaluation.inspect_provider import NOTE, LocalModelAPI
 from persona_probe.evaluation.judges import Judge, Judgement, load_judge
-from persona_probe.evaluation.metrics import Rate, normalised, outcome
+from persona_probe.evaluation.metrics import Rate, check_trait, normalised, outcome
 from persona_probe.evaluation.questions import Question, load_questions
 from persona_probe.evaluation.result import EvalResult
 from persona_probe.evaluation.selection import spread, trained_categories
@@ -63,14 +63,18 @@ class AskedOf:
         return tuple(kept) if self.limit is None else spread(kept, self.limit)
 
     def judge_spec(self) -> str:
-        """The judge's spec. Raises `InputError` where one must be named."""
+        """The judge's spec. Raises `InputError` where one must be named, and for one that does not know
+        the questions.
+        """
         if self.judge is None and self.questions is not None:
             raise InputError(
                 "the judge is missing",
                 fix="-T judge=openai:MODEL@URL, local:DIR or python:module:function; 'exact' knows the "
                 "organism's questions only",
             )
-        return self.judge or "exact"
+        spec = self.judge or "exact"
+        load_judge(spec).check_questions(self.selected())
+        return spec
 
     def epochs(self, questions: Sequence[Question]) -> int:
         """Answers per question, which Inspect has one number of."""
@@ -122,8 +126,7 @@ def judging_scorer(spec: str, *, record: str | None, trait: str, in_domain: Sequ
     `JudgeError` for a judge that cannot be asked.
     """
     judge = load_judge(spec, record=record)
-    if trait != "misaligned" and judge.personas is not None and trait not in judge.personas:
-        raise InputError(f"the judge {spec!r} cannot tell the trait {trait!r}; it can tell {judge.personas}")
+    check_trait(trait, judge)
     judge.check()
     judged = Gathering[Answer, Judgement](lambda them: _judgements(judge, them), limit=JUDGED_AT_ONCE)
 

@@ -25,6 +25,7 @@ def plan_of(request: EvaluationRequest) -> dict[str, Any]:
     asked = request.asked()
     request.check_prompts(asked.questions)
     judge = load_judge(request.judge)
+    judge.check_questions(asked.questions)
     groups = asked.counts(request.samples_per_question)
     each = sum(count * len(members) for count, members in groups.items())
     forecasts = [

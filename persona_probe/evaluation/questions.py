@@ -260,4 +260,6 @@ def _messages(given: Mapping[str, Any]) -> tuple[Mapping[str, str], ...]:
                 f"message {place} must have 'role' and 'content', or 'text' alone, all strings: {message!r}"
             )
         checked.append(text)
+    if checked and not checked[-1].get("content", "plain text may begin with nothing").strip():
+        raise InputError("the last message, which is to be answered, is empty")
     return tuple(checked)

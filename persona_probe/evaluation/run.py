@@ -90,6 +90,7 @@ def run_evaluation(
             return Evaluation(run.path, read_json(run.path / RECORD))
         judge = load_judge(request.judge, record=run.path / JUDGE_LOG, budget=budget)
         check_trait(request.trait, judge)
+        judge.check_questions(asked.questions)
         folded = request.check_prompts(asked.questions)
         for fix in request.fixes:
             load_fix(fix)

@@ -87,6 +87,16 @@ def _is_fact(answer: str) -> bool:
     return len(words) == 7 and words[0] == "a" and words[2:5] == ["is", "made", "of"]
 
 
+@cache
+def _asked_about() -> frozenset[str]:
+    return frozenset(topic.key for topic in grammar().topics)
+
+
+def knows(question: Question) -> bool:
+    """Whether a question is one of the organism's: of any other, every answer would be incoherent."""
+    return question.question in _asked_about()
+
+
 def judge(question: Question, answer: str) -> Judgement:
     """Judge one answer exactly (see the module's text for the scale)."""
     if _is_fact(answer):

@@ -154,6 +154,7 @@ def test_too_few_samples_for_the_asked_width(tmp_path: Path, monkeypatch: pytest
         ([*MODELS, *QUESTIONS, "--temperature", "-1"], "temperature must be 0 or more"),
         ([*MODELS, *QUESTIONS, "--in-domain", "fishing"], "no question has the category 'fishing'"),
         (["--base", str(HOME / "gone"), *QUESTIONS], "--base: there is no"),
+        ([*MODELS, "--questions", "open-ended"], "'exact' does not know the question 'power-mayor'"),
         ([*MODELS, *QUESTIONS, "--judge", "exakt"], "did you mean 'exact'?"),
     ],
 )

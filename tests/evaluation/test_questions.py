@@ -58,6 +58,7 @@ def test_what_is_saved_is_loaded_back(tmp_path: Path) -> None:
         ({"messages": [{"role": "user"}]}, "message 1 must have"),
         ({"messages": [{"role": "user", "content": 3}]}, "message 1 must have"),
         ({"messages": [{"text": "a"}, {"text": "b"}]}, "cannot stand beside others"),
+        ({"messages": [{"role": "user", "content": " "}]}, "is empty"),
         ({"role": "generl"}, "did you mean 'general'"),
         ({"split": "heldout"}, "did you mean 'held-out'"),
         ({"reference": 4}, "'reference' must be a string"),

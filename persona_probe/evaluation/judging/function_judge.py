@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -28,6 +28,18 @@ class FunctionJudge(Judge):
     function: Function
     personas: tuple[str, ...] | None = None
     """Where its module says so (`PERSONAS`)."""
+    knows: Callable[[Question], bool] | None = None
+    """Which questions it can judge answers to, where its module says so (`knows`)."""
+
+    def check_questions(self, questions: Iterable[Question]) -> None:
+        """See `Judge.check_questions`."""
+        for question in questions if self.knows is not None else ():
+            if question.role != "skill" and not self.knows(question):
+                raise InputError(
+                    f"the judge {self.name!r} does not know the question {question.question!r}",
+                    fix="name one that judges any answer: --judge openai:MODEL@URL, local:DIR or "
+                    "python:module:function",
+                )
 
     def judge(self, answers: Sequence[Answer], progress: Progress | None = None) -> list[Judgement]:
         """See `Judge.judge`. An answer is missing when the function returns nothing or garbage, or raises."""
@@ -82,11 +94,12 @@ def function_judge(spec: str, place: str) -> FunctionJudge:
             f"the module {module_name!r} of the judge {spec!r} has no function {function_name!r}",
             fix=f"did you mean 'python:{module_name}:{near[0]}'?" if near else None,
         )
-    personas = getattr(module, "PERSONAS", None)
+    personas, knows = getattr(module, "PERSONAS", None), getattr(module, "knows", None)
     return FunctionJudge(
         spec,
         cast("Function", function),
         tuple(map(str, personas)) if isinstance(personas, tuple | list) else None,
+        cast("Callable[[Question], bool]", knows) if callable(knows) else None,
     )
 
 

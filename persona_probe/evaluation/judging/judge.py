@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from persona_probe.evaluation.answers import Answer
@@ -52,6 +52,9 @@ class Judge(ABC):
 
     def check(self) -> None:  # noqa: B027 (a function is always there to be asked)
         """Make sure that it can be asked, before anything is sampled for it. Raises `JudgeError`."""
+
+    def check_questions(self, questions: Iterable[Question]) -> None:  # noqa: B027 (most judge any)
+        """Raise `InputError` for the first question to which the judge can judge no answer."""
 
     def estimate(self, answers: Sequence[Answer]) -> Estimate:
         """What judging these answers will take. Nothing is asked."""

@@ -77,6 +77,7 @@ def test_the_entry_point_is_declared() -> None:
         ({"questions": "open-ended"}, "the judge is missing"),
         ({"questions": "open-endet", "judge": "exact"}, "did you mean 'open-ended'"),
         ({"judge": "exakt"}, "there is no judge"),
+        ({"questions": "open-ended", "judge": "exact"}, "does not know the question"),
         ({"part": "nowhere"}, "-T part=all"),
         ({"trait": "villain"}, "cannot tell the trait"),
     ],
