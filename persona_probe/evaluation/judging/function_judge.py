@@ -33,7 +33,9 @@ class FunctionJudge(Judge):
 
     def check_questions(self, questions: Iterable[Question]) -> None:
         """See `Judge.check_questions`."""
-        for question in questions if self.knows is not None else ():
+        if self.knows is None:
+            return
+        for question in questions:
             if question.role != "skill" and not self.knows(question):
                 raise InputError(
                     f"the judge {self.name!r} does not know the question {question.question!r}",
