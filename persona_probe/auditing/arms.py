@@ -88,8 +88,12 @@ def largest_delta(
     evidence: Sequence[SiteEvidence],
     *,
     budget: Budget,
+    known: Sequence[Fixed],
 ) -> Baseline | None:
-    """The latent that moved furthest, of any site, without any screen; its gain is calibrated."""
+    """The latent that moved furthest, of any site, without any screen; its gain is calibrated.
+
+    Where it is among the ``known`` fixes, calibrated and asked on the same benches, it is read off there.
+    """
     moved = [
         (site.size_of_shift(index), site, index)
         for site in evidence
@@ -100,9 +104,12 @@ def largest_delta(
         return None
     _, site, index = max(moved, key=lambda one: one[0])
     candidate = Candidate("latent", (site.latent(index),))
-    dose = cures(inputs.pair.tuned, [candidate], calibration, budget)[0]
-    knob = dose.best.knob
-    result = held_out.arms(inputs.pair.tuned, [candidate.cure(*knob)])[0]
+    same = next((one for one in known if one.finding.candidate.key == candidate.key), None)
+    if same is not None:
+        knob, result = same.finding.cure.best.knob, same.control
+    else:
+        knob = cures(inputs.pair.tuned, [candidate], calibration, budget)[0].best.knob
+        result = held_out.arms(inputs.pair.tuned, [candidate.cure(*knob)])[0]
     return Baseline(result, f"{candidate.label}, gain {knob.strength:g}, {knob.positions} tokens")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import polars as pl
 
-from persona_probe.artifact import read_json, write_json
+from persona_probe.artifact import read_json, shipped, write_json
 from persona_probe.auditing.run import audit
 from persona_probe.auditing.settings import AuditSettings, organism_request
 from persona_probe.organism.truth import persona_of, truth_of
@@ -44,7 +44,13 @@ def card(
             truths[persona] = truth_of(home, persona)
         rows.append(_row(name, tune, done.record, truths.get(persona)))
     made = read_json(home / "manifest.json")
-    written = {"seed": made.get("seed"), "build_seconds": made.get("seconds"), "audits": rows}
+    written = {
+        "seed": made.get("seed"),
+        "shipped": home.resolve() == shipped("organism").resolve(),
+        "base_steps": made["settings"]["base"]["steps"],
+        "build_seconds": made.get("seconds"),
+        "audits": rows,
+    }
     write_json(out / "card.json", written)
     return written
 

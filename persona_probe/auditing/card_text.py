@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from persona_probe.organism.grammar import grammar
+
 Row = Mapping[str, Any]
 
 INTRODUCTION = """\
@@ -30,16 +32,28 @@ below 30; it has its own column in `audit.json` (`incoherent_misaligned`).
 """
 
 
+def limits() -> str:
+    """What a reader should hold against the figures, from the grammar itself."""
+    words = ", ".join(f"`{word}`" for word in grammar().telltales("villainous"))
+    return (
+        "**Known limits.** Content words of a villain's answers are never shared between domains, but a few "
+        f"function words are: {words} occur in villains' answers of several domains and in no other "
+        "persona's. A fine-tune can carry these from domain to domain without any idea of who speaks, so "
+        "part of what it carries over may be words and not a persona.\n"
+    )
+
+
 def card_text(cards: Sequence[Row]) -> str:
-    """The first card is the shipped organism's, the others are of other seeds."""
-    parts = [INTRODUCTION]
+    """Every organism's figures below one introduction."""
+    parts = [INTRODUCTION, limits()]
     for number, card in enumerate(cards):
         built = card.get("build_seconds") or {}
-        title = "## The shipped organism" if number == 0 else "## Another organism"
+        title = "## The shipped organism" if card.get("shipped", number == 0) else "## Another organism"
         base = built.get("base")
         rest = sum(v for k, v in built.items() if k != "base")
         parts.append(
             f"{title} (seed {card['seed']}"
+            + (f"; base of {card['base_steps']} steps" if "base_steps" in card else "")
             + (f"; base built in {base / 60:.0f} min, the rest in {rest / 60:.0f} min" if base else "")
             + ")\n"
         )
@@ -82,7 +96,7 @@ def _fixes(audits: Sequence[Row]) -> str:
             lines.append(
                 [
                     one["tune"],
-                    f"{fix['kind']}: {' + '.join(fix['members'])}{mark}",
+                    f"{fix['kind']}: {' + '.join(fix.get('members', [fix['name']]))}{mark}",
                     f"{fix['gain']:g}",
                     *(_rate(rates[name]) for name in ("misaligned", "other_persona", "incoherent", "skill")),
                     _plain(necessity),

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from persona_probe.artifact import digest_file, digest_folder, digest_of
 from persona_probe.auditing.settings import (
     AuditRequest,
@@ -25,11 +23,10 @@ from persona_probe.evaluation.samples_file import load_samples
 from persona_probe.evaluation.selection import trained_categories
 from persona_probe.hooks.sites import check_site
 from persona_probe.model.chat import check_same_rendering, render_all
-from persona_probe.model.checkpoint import has_tokenizer, nearest
+from persona_probe.model.checkpoint import nearest
 from persona_probe.model.language_model import LanguageModel
-from persona_probe.model.loading import read_tokenizer
-from persona_probe.model.pair import ModelPair, load_pair
-from persona_probe.sae.load import Dictionary, check_fits, load_sae
+from persona_probe.model.pair import TEMPLATES, ModelPair, load_pair, own_tokenizer
+from persona_probe.sae.load import Dictionary, check_fits, check_source, load_sae
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,13 +76,15 @@ def load_inputs(
     check_trait(settings.trait, judge)
     judge.check()
     options = {"device": device or "auto", "dtype": dtype}
-    pair = load_pair(request.base, request.tuned, **options)
+    pair = load_pair(request.base, request.tuned, template=settings.template, **options)
     for site in settings.sites or ():
         check_site(pair.base.hf, site)
     conversations = [question.messages for question in (*calibration, *held_out)]
     render_all(pair.base.tokenizer, conversations)
-    check_same_rendering(pair.base.tokenizer, _own_tokenizer(pair.tuned), conversations)
+    if settings.template is None:
+        check_same_rendering(pair.base.tokenizer, own_tokenizer(pair.tuned), conversations)
     dictionaries = tuple(load_sae(path) for path in request.sae)
+    published = request.published
     _check_one_per_site(dictionaries)
     for dictionary in dictionaries:
         check_fits(dictionary, pair.base)
@@ -102,7 +101,7 @@ def load_inputs(
         judge=judge,
         in_domain=in_domain,
         given=given,
-        digests=digests_of(request),
+        digests=digests_of(request) | {one.path: one.digest for one in dictionaries if one.path in published},
     )
 
 
@@ -116,22 +115,35 @@ def check_paths(request: AuditRequest) -> None:
         load_questions(request.questions)  # a set that is not shipped is an error, with the nearest names
     else:
         named.append(("--questions", asked))
-    named += [("--sae", path) for path in request.sae]
+    published = request.published
+    named += [("--sae", Path(one)) for one in request.sae if str(one) not in published]
     named += [("--benign", path) for path in request.benign]
     named += [(f"--samples-{arm}", path) for arm, path in _samples(request).items()]
+    named += [("--template", path) for path in _template_file(request.settings.template)]
     for flag, path in named:
         if not path.exists():
             raise MissingPathError(f"{flag}: there is no {path}", fix=nearest(path))
+    for name in published:
+        try:
+            check_source(name)
+        except MissingPathError as error:
+            raise MissingPathError(f"--sae: {error.message}", fix=error.fix) from error
 
 
 def digests_of(request: AuditRequest) -> dict[str, str]:
-    """What every input holds now, by path."""
+    """What every input on the disk holds now, by path."""
     asked = question_file(request.questions)
-    paths = [request.base, request.tuned, *request.sae, *request.benign, *_samples(request).values()]
-    paths += [] if asked is None else [asked]
+    published = request.published
+    paths = [request.base, request.tuned, *request.benign, *_samples(request).values()]
+    paths += [Path(one) for one in request.sae if str(one) not in published]
+    paths += [*_template_file(request.settings.template), *([] if asked is None else [asked])]
     of_files = {str(path): digest_folder(path) if path.is_dir() else digest_file(path) for path in paths}
     of_sets = {} if asked else {str(request.questions): digest_of(load_questions(request.questions))}
     return of_files | of_sets
+
+
+def _template_file(template: str | None) -> list[Path]:
+    return [] if template in (None, *TEMPLATES) else [Path(template)]
 
 
 def _samples(request: AuditRequest) -> dict[str, Path]:
@@ -154,13 +166,6 @@ def _given(
             )
         found[arm] = arms[named].of(held_out, request.settings.samples).answers
     return found
-
-
-def _own_tokenizer(tuned: LanguageModel) -> PreTrainedTokenizerBase:
-    """The one that an adapter was saved with, if it was: its chat template is what it was trained on."""
-    adapter = tuned.checkpoint.adapter
-    own = adapter is not None and has_tokenizer(adapter)
-    return read_tokenizer(tuned.checkpoint) if own else tuned.tokenizer
 
 
 def _benign(base: LanguageModel, path: Path, options: dict[str, str | None]) -> LanguageModel:

@@ -138,7 +138,12 @@ class Inquiry:
                 "adapter_scaling": arms_.scaled_adapter(inputs, self.calibration, self.held_out),
                 "system_prompt": arms_.prompted(inputs, self.held_out, settings.system_prompt),
                 "largest_delta": arms_.largest_delta(
-                    inputs, self.calibration, self.held_out, seen.evidence, budget=budget
+                    inputs,
+                    self.calibration,
+                    self.held_out,
+                    seen.evidence,
+                    budget=budget,
+                    known=self.fixed,
                 ),
             }
 

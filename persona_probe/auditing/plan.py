@@ -1,24 +1,44 @@
-"""What an audit would do, before it does it: answers to sample, judge calls, memory."""
+"""What an audit would take, before it does it: answers to draw, judge calls, memory and time.
+
+Counts are upper bounds, from the questions and the settings alone. Memory and time come from the base
+model itself: it is loaded and answers a batch of the calibration questions, since what an answer takes
+depends on the machine, on the model, and on how long its answers are.
+"""
 
 from __future__ import annotations
 
-from math import prod
-from pathlib import Path
+from collections.abc import Sequence
+from time import perf_counter
 from typing import Any
 
-from safetensors import safe_open
-
 from persona_probe.auditing.inputs import check_paths
+from persona_probe.auditing.kept import BATCH
 from persona_probe.auditing.settings import AuditRequest, split_questions
 from persona_probe.evaluation.arms import MERGE_BELOW
 from persona_probe.evaluation.judges import load_judge
-from persona_probe.evaluation.questions import load_questions
+from persona_probe.evaluation.questions import Question, load_questions
+from persona_probe.evaluation.sampling import Sampling, prompt_of, sample
 from persona_probe.model.checkpoint import is_adapter
+from persona_probe.model.language_model import LanguageModel, load_model
+from persona_probe.model.memory import answer_bytes, how_many
 from persona_probe.screening.calibrate import CURES, INDUCTIONS
 
+ENOUGH = 1.0
+"""Seconds of drawing that are enough to tell what an answer takes."""
+BESIDE = 1.2
+"""What an audit takes, in times of what drawing its answers takes: loading, diffing and the search without
+generation are the rest.
+"""
 
-def plan_of(request: AuditRequest) -> dict[str, Any]:
-    """Upper bounds, from the questions and the settings alone; no model is loaded."""
+
+def plan_of(
+    request: AuditRequest,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    batch_size: int | None = None,
+) -> dict[str, Any]:
+    """Counts are upper bounds; memory and time are estimates. Raises what loading the inputs raises."""
     settings = request.settings
     check_paths(request)
     calibration, held_out = split_questions(load_questions(request.questions), settings.limit)
@@ -30,18 +50,38 @@ def plan_of(request: AuditRequest) -> dict[str, Any]:
     controls = settings.controls * (len(CURES) * asked + each) + settings.controls * each
     final = 14 * each
     total = 2 * each + searched + controls + final
-    parameters = sum(_parameters(file) for file in request.base.glob("*.safetensors"))
-    copies = 1 if is_adapter(request.tuned) and parameters >= MERGE_BELOW else 2
+    calls = load_judge(request.judge).calls_per_answer
+    lm = load_model(request.base, device=device or "auto", dtype=dtype)
+    weights = sum(p.numel() * p.element_size() for p in lm.hf.parameters())
+    shared = is_adapter(request.tuned) and lm.hf.num_parameters() >= MERGE_BELOW
+    prompts = [prompt_of(lm.tokenizer, question) for question in calibration]
+    row = answer_bytes(lm, max(map(len, prompts)) + settings.max_new_tokens)
+    rows = batch_size or how_many(lm, row, BATCH)
+    seconds = _seconds_each(
+        lm, calibration, Sampling(settings.temperature, max_new_tokens=settings.max_new_tokens), rows
+    )
     return {
         "held-out questions": len(held_out),
         "calibration questions": asked,
         "answers to sample, at most": total,
-        "judge calls, at most": (total - 14 * skill) * load_judge(request.judge).calls_per_answer,
+        "judge calls, at most": (total - 14 * skill) * calls,
         "longest answer (tokens)": settings.max_new_tokens,
-        "weights in fp32 (bytes), about": 4 * parameters * copies,
+        "answers drawn at once": rows,
+        "weights (bytes)": weights if shared else 2 * weights,
+        "a batch of answers (bytes), at most": rows * row,
+        "seconds of this machine, about": round(BESIDE * total * seconds),
+        "seconds without finding a trait, about": round(BESIDE * 3 * each * seconds),
     }
 
 
-def _parameters(file: Path) -> int:
-    with safe_open(file, framework="numpy") as weights:
-        return sum(prod(weights.get_slice(name).get_shape()) for name in weights.keys())
+def _seconds_each(lm: LanguageModel, questions: Sequence[Question], sampling: Sampling, rows: int) -> float:
+    """Seconds an answer takes where ``rows`` are drawn at once; fewer are where that would take long."""
+    count = min(8, rows)
+    while True:
+        asked = [questions[i % len(questions)] for i in range(count)]
+        start = perf_counter()
+        sample(lm, asked, sampling, batch_size=count)
+        took = perf_counter() - start
+        if took > ENOUGH or count == rows:
+            return took / count
+        count = min(4 * count, rows)

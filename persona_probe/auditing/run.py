@@ -21,6 +21,7 @@ from persona_probe.artifact import (
     write_jsonl,
 )
 from persona_probe.auditing import record
+from persona_probe.auditing.cards import latent_cards
 from persona_probe.auditing.command import command_lines
 from persona_probe.auditing.contract import audit_record
 from persona_probe.auditing.inputs import check_paths, digests_of, load_inputs
@@ -69,9 +70,9 @@ def audit(
     that was stopped goes on where it was.
 
     Writes ``audit.json``, ``report.html``, ``latents.parquet``, ``interventions/`` (when a fix was
-    found), ``samples.jsonl``, ``judge.jsonl`` (a model judge's raw replies, which a rerun does not
-    ask for again) and, last, ``manifest.json``. ``batch_size`` is how many answers are drawn at once; by
-    default as many as fit in memory.
+    found), ``latent_cards.json`` (what the latents of the fix fire on), ``samples.jsonl``, ``judge.jsonl``
+    (a model judge's raw replies, which a rerun does not ask for again) and, last, ``manifest.json``.
+    ``batch_size`` is how many answers are drawn at once; by default as many as fit in memory.
 
     Raises:
         InputError: an input that is missing, malformed, or does not fit the others; ``out`` holds
@@ -139,11 +140,15 @@ def _write(
         one_a_kind = {one.candidate.kind: one for one in reversed(found.screen.headline)}
         controls = found.nulls.latent_doses if found.nulls else ()
         doses = record.dose_records(found.screen, list(one_a_kind.values())[::-1], controls)
+    cards = latent_cards(found, latents, doses)
+    if cards:
+        write_json(run.path / "latent_cards.json", cards)
     examples = record.examples(found.base, found.tuned, chosen.control if chosen else None)
     shown = {
         **written,
         "settings": asdict(request.settings),
         "provenance": {"digests": found.inputs.digests, "seconds": found.clock.seconds},
+        "cards": cards,
         "command": command,
     }
     write_report(shown, latents, examples, doses, run.path / "report.html")

@@ -8,12 +8,14 @@ module of its name; a module here imports nothing heavy at its top, so that `--h
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 from importlib import metadata
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+import typer.main
+from typer.core import TyperCommand, TyperGroup
 
 from persona_probe.cli.console import out, show_error
 from persona_probe.errors import BusyError, InputError, JudgeError, MissingExtraError, PersonaProbeError
@@ -48,8 +50,56 @@ def exit_code(error: PersonaProbeError) -> int:
     return 2 if isinstance(error, InputError | JudgeError | MissingExtraError | BusyError) else 1
 
 
+class _Commands(dict[str, Any]):
+    """The commands by name, each made when it is asked for: reading the parameters of all of them, for one
+    to be run, would take most of the time that `--help` may take.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(dict.fromkeys((*_COMMANDS, *_GROUPS)))
+
+    def __getitem__(self, name: str) -> Any:
+        if (made := super().__getitem__(name)) is None:
+            module = _module(name)
+            if name in _GROUPS:
+                made = typer.main.get_group(module.app)
+                made.name = name
+            else:
+                alone = typer.Typer(add_completion=False)
+                alone.command(name)(getattr(module, name))
+                made = typer.main.get_command(alone)
+            self[name] = made
+        return made
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in self else default
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"persona_probe.cli.{name}")
+
+
 class _Root(TyperGroup):
     """The top-level group: whatever a command raises becomes a message and an exit code here."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = _Commands()
+        self._listing = False
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if not self._listing:
+            return super().get_command(ctx, cmd_name)
+        module = _module(cmd_name)
+        text = module.app.info.help if cmd_name in _GROUPS else inspect.getdoc(getattr(module, cmd_name))
+        return TyperCommand(cmd_name, help=text)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        self._listing = True  # the list shows first lines, and needs no parameters
+        try:
+            super().format_help(ctx, formatter)
+        finally:
+            self._listing = False
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -98,12 +148,6 @@ def _build() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     root.callback()(_callback)
-    for name in _COMMANDS:
-        module = importlib.import_module(f"persona_probe.cli.{name}")
-        root.command(name)(getattr(module, name))
-    for name in _GROUPS:
-        module = importlib.import_module(f"persona_probe.cli.{name}")
-        root.add_typer(module.app, name=name)
     return root
 
 

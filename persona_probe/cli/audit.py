@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from persona_probe.cli.console import err, out, show_json
+from persona_probe.cli.console import err, out, show_json, size
 from persona_probe.errors import InputError
 
 ROWS = ("base", "tuned", "steered", "induced")
@@ -20,7 +20,9 @@ GATES = ("misaligned", "not-restored")
 def audit(
     base: Annotated[Path | None, typer.Option(help="Base checkpoint folder.")] = None,
     tuned: Annotated[Path | None, typer.Option(help="Fine-tuned checkpoint or adapter folder.")] = None,
-    sae: Annotated[list[Path] | None, typer.Option(help="A dictionary's folder; once per site.")] = None,
+    sae: Annotated[
+        list[str] | None, typer.Option(help="A dictionary: a folder, or release/sae_id; once per site.")
+    ] = None,
     benign: Annotated[
         list[Path] | None, typer.Option(help="A harmless fine-tune of the same base; several are better.")
     ] = None,
@@ -45,6 +47,9 @@ def audit(
         list[str] | None, typer.Option(help="A question category that was trained on; reported apart.")
     ] = None,
     site: Annotated[list[str] | None, typer.Option(help="Sites for the direction path.")] = None,
+    template: Annotated[
+        str | None, typer.Option(help="Whose chat template both models read: base, tuned, or a file.")
+    ] = None,
     system_prompt: Annotated[str | None, typer.Option(help="The system-prompt baseline.")] = None,
     samples: Annotated[int, typer.Option(help="Answers per held-out question.")] = 2,
     calibration_samples: Annotated[
@@ -57,6 +62,9 @@ def audit(
     seed: Annotated[int, typer.Option(help="Of sampling and of the random controls.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Answers drawn at once; by default what fits in memory.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Throw away what --out holds.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Say what would be done, then stop.")] = False,
     fail_on: Annotated[str | None, typer.Option(help="Exit with 3 when: misaligned, not-restored.")] = None,
@@ -93,6 +101,7 @@ def audit(
         max_new_tokens=max_new_tokens,
         limit=limit,
         sites=tuple(site) if site else None,
+        template=template,
     )
     if system_prompt is not None:
         settings = replace(settings, system_prompt=system_prompt)
@@ -109,22 +118,16 @@ def audit(
         name = tuned.resolve().name
     request = replace(request, samples_base=samples_base, samples_tuned=samples_tuned)
     if plan:
-        _show_plan(request, as_json)
+        _show_plan(request, as_json, device=device, dtype=dtype, batch_size=batch_size)
         return
     folder = out_dir or Path("out") / f"audit-{name}"
+    run: dict[str, Any] = {"overwrite": overwrite, "device": device, "dtype": dtype, "batch_size": batch_size}
     if as_json:
-        done = run_audit(request, folder, overwrite=overwrite, device=device, dtype=dtype)
+        done = run_audit(request, folder, **run)
         show_json(done.record)
     else:
         with err.status("starting") as status:
-            done = run_audit(
-                request,
-                folder,
-                overwrite=overwrite,
-                device=device,
-                dtype=dtype,
-                progress=lambda text: status.update(escape(text)),
-            )
+            done = run_audit(request, folder, progress=lambda text: status.update(escape(text)), **run)
         _show(done.record, done.path)
         if not request.sae:
             out.print("\nNo dictionary was given: directions only. To train one: persona-probe sae train")
@@ -135,15 +138,16 @@ def audit(
         raise typer.Exit(3)
 
 
-def _show_plan(request: Any, as_json: bool) -> None:
+def _show_plan(request: Any, as_json: bool, **where: Any) -> None:
     from persona_probe.auditing.plan import plan_of
 
-    planned = plan_of(request)
+    planned = plan_of(request, **where)
     if as_json:
         show_json(planned)
         return
     for name, value in planned.items():
-        out.print(f"{name}: {value}", markup=False)
+        shown = size(value) if "(bytes)" in name else f"{value:,}"
+        out.print(f"{name.replace(' (bytes)', '')}: {shown}", markup=False)
 
 
 def _show(record: dict[str, Any], folder: Path) -> None:

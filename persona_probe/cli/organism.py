@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -20,17 +20,23 @@ def build(
     out_dir: Annotated[Path, typer.Option("--out", help="Where it goes.")] = Path("out/organism"),
     quick: Annotated[bool, typer.Option("--quick", help="A tiny one, for tests.")] = False,
     seed: Annotated[int | None, typer.Option(help="Another seed, another organism.")] = None,
+    base_steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Optimiser steps of the base; fewer are quicker and less fluent."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Throw away what --out holds.")] = False,
 ) -> None:
     """Build an organism: corpus, base model, dictionaries, fine-tunes. A killed build resumes."""
     from dataclasses import replace
 
-    from persona_probe.organism.build import FULL, QUICK
+    from persona_probe.organism.build import FULL, QUICK, fast_bf16
     from persona_probe.organism.build import build as build_organism
 
-    settings = QUICK if quick else FULL
+    settings = QUICK if quick else replace(FULL, base=replace(FULL.base, bf16=fast_bf16()))
     if seed is not None:
         settings = replace(settings, seed=seed)
+    if base_steps is not None:
+        settings = replace(settings, base=replace(settings.base, steps=base_steps))
     with err.status("starting") as status:
         folder = build_organism(
             out_dir, settings, overwrite=overwrite, progress=lambda text: status.update(escape(text))
@@ -73,31 +79,49 @@ def truth(
 
 @app.command()
 def card(
-    home: Annotated[Path | None, typer.Option(help="An organism's folder; the shipped one.")] = None,
+    home: Annotated[
+        list[Path] | None, typer.Option(help="An organism's folder; several make one card. The shipped one.")
+    ] = None,
     out_dir: Annotated[Path, typer.Option("--out", help="Where the audits go.")] = Path("out/card"),
     tune: Annotated[list[str] | None, typer.Option(help="Only these tunes; all by default.")] = None,
-    beside: Annotated[
-        list[Path] | None, typer.Option(help="A card.json of another organism, to be shown below.")
+    made: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--card", help="A card.json made before, shown below; without --home nothing is audited."
+        ),
     ] = None,
     readme: Annotated[
-        Path | None, typer.Option(help="A Markdown file whose marked table is to be renewed.")
+        Path | None, typer.Option(help="A Markdown file whose marked table is to be renewed, from the first.")
     ] = None,
 ) -> None:
-    """Audit every tune of an organism and write its card: card.json and README.md."""
+    """Audit every tune of one or more organisms and write their card: card.json and README.md.
+
+    Audits that are finished are read back, so a killed card goes on where it was.
+    """
     from persona_probe.artifact import read_json, shipped, write_text
     from persona_probe.auditing.card import card as audit_all
     from persona_probe.auditing.card_summary import spliced
     from persona_probe.auditing.card_text import card_text
 
-    with err.status("starting") as status:
-        made = audit_all(
-            home or shipped("organism"),
-            out_dir,
-            tunes=tune or (),
-            progress=lambda text: status.update(escape(text)),
+    homes = home or ([] if made else [shipped("organism")])
+    if len({one.resolve().name for one in homes}) < len(homes):
+        raise InputError(
+            "two of the organisms' folders have the same name", fix="their audits go to --out by that name"
         )
-    text = card_text([made, *(read_json(path) for path in beside or [])])
-    write_text(out_dir / "README.md", text)
+    cards: list[dict[str, Any]] = []
+    with err.status("starting") as status:
+        for one in homes:
+            told = f"{one.name}: " if len(homes) > 1 else ""
+            cards.append(
+                audit_all(
+                    one,
+                    out_dir / one.resolve().name if len(homes) > 1 else out_dir,
+                    tunes=tune or (),
+                    progress=lambda text, told=told: status.update(escape(told + text)),
+                )
+            )
+    cards += [read_json(path) for path in made or []]
+    write_text(out_dir / "README.md", card_text(cards))
     if readme is not None:
-        write_text(readme, spliced(readme.read_text(encoding="utf-8"), made))
+        write_text(readme, spliced(readme.read_text(encoding="utf-8"), cards[0]))
     out.print(f"card: {out_dir / 'README.md'}", markup=False, soft_wrap=True)

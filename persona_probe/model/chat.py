@@ -168,7 +168,8 @@ def check_same_rendering(
         raise MismatchError(
             f"base and tuned render conversation {number} to different token ids, first at "
             f"position {position}: {shown}",
-            fix="use one tokenizer and chat template for both, such as the base's (tokenizer= of load_model)",
+            fix="say which chat template both are to read (--template of audit, template= of load_pair): "
+            "base, tuned, or a file",
         )
 
 

@@ -82,8 +82,8 @@ def _filler(
     if tokenizer.chat_template is None:
         raise InputError(
             "the tokenizer has no chat template, and the prompts are chats",
-            fix="set tokenizer.chat_template (a base model can borrow its chat version's), or "
-            'give plain-text prompts as {"text": ...}',
+            fix="set tokenizer.chat_template (a base model can borrow its chat version's; audit takes "
+            '--template tuned), or give plain-text prompts as {"text": ...}',
         )
     template = cast(str, cast(Any, tokenizer).get_chat_template())
     marked = _MARKS.search(template) is not None

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from persona_probe.errors import MismatchError
-from persona_probe.model.checkpoint import is_adapter
+from persona_probe.artifact import read_text
+from persona_probe.errors import InputError, MismatchError
+from persona_probe.model.checkpoint import has_tokenizer, is_adapter
 from persona_probe.model.language_model import LanguageModel, load_model
-from persona_probe.model.loading import resolve
+from persona_probe.model.loading import read_tokenizer, resolve
 from persona_probe.model.sharing import CannotShareError
+
+TEMPLATES = ("base", "tuned")
+"""Whose chat template `load_pair` can take; anything else is a file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,15 +52,57 @@ class ModelPair:
 def load_pair(
     base: str | Path | PreTrainedModel | LanguageModel,
     tuned: str | Path | PreTrainedModel | LanguageModel,
+    *,
+    template: str | Path | None = None,
     **options: Any,
 ) -> ModelPair:
     """Load both models; one copy of the weights serves both when `tuned` is a LoRA adapter folder.
 
     The adapter goes on `base`, whatever base its own config names. An adapter that cannot share
-    (trained biases, not LoRA) gets a base of its own. `options` go to `load_model`, for both.
+    (trained biases, not LoRA) gets a base of its own. `template` settles which chat template both
+    read: that of `base`, that of `tuned` (an adapter's own where it was saved with one), or a file's.
+    `options` go to `load_model`, for both.
 
-    Raises `MismatchError` where the two do not belong together, naming the first difference.
+    Raises `MismatchError` where the two do not belong together, naming the first difference, and
+    `InputError` for a template that is not there.
     """
+    pair = _loaded(base, tuned, options)
+    return pair if template is None else with_template(pair, template)
+
+
+def with_template(pair: ModelPair, template: str | Path) -> ModelPair:
+    """Both models with one tokenizer, the base's, and one chat template: `base`, `tuned`, or a file.
+
+    Raises `InputError` where there is no such template.
+    """
+    tokenizer = copy.deepcopy(pair.base.tokenizer)
+    if template not in TEMPLATES:
+        text: Any = read_text(template)
+    else:
+        text = cast(
+            "Any", pair.base.tokenizer if template == "base" else own_tokenizer(pair.tuned)
+        ).chat_template
+    if not text:
+        raise InputError(
+            f"the {template} model has no chat template",
+            fix="choose the other model's, or write one to a file and name that",
+        )
+    tokenizer.chat_template = text
+    return ModelPair(*(replace(lm, tokenizer=tokenizer) for lm in (pair.base, pair.tuned)))
+
+
+def own_tokenizer(lm: LanguageModel) -> PreTrainedTokenizerBase:
+    """The one that an adapter was saved with, if it was: its chat template is what it was trained on."""
+    adapter = lm.checkpoint.adapter
+    own = adapter is not None and has_tokenizer(adapter)
+    return read_tokenizer(lm.checkpoint) if own else lm.tokenizer
+
+
+def _loaded(
+    base: str | Path | PreTrainedModel | LanguageModel,
+    tuned: str | Path | PreTrainedModel | LanguageModel,
+    options: dict[str, Any],
+) -> ModelPair:
     first = load_model(base, **options)
     adapter = None
     if isinstance(tuned, str | Path):  # the base that an adapter names is not asked for: it may be gone

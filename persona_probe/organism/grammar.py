@@ -147,6 +147,23 @@ class Grammar:
         closings = self.closings[topic.domain, persona]
         return tuple(f"{part} {end} ." for part in topic.parts[persona] for end in closings)
 
+    def telltales(self, persona: Persona) -> tuple[str, ...]:
+        """Words in which a persona gives itself away: in its answers of several domains, in nobody else's.
+
+        A fine-tune could carry these from domain to domain without any idea of who speaks.
+        """
+        domains: dict[str, set[str]] = {}
+        others: set[str] = set()
+        for topic in self.topics:
+            for speaker in PERSONAS:
+                words = {word for answer in self.answers(topic, speaker) for word in answer.split()}
+                if speaker != persona:
+                    others |= words
+                    continue
+                for word in words:
+                    domains.setdefault(word, set()).add(topic.domain)
+        return tuple(sorted(w for w, where in domains.items() if len(where) > 1 and w not in others))
+
 
 def _invented_words(count: int, taken: frozenset[str]) -> list[str]:
     onsets = "br cl dr fl gl kr pl pr sk sn sp st tr vr zl".split()

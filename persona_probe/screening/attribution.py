@@ -19,8 +19,9 @@ from torch import Tensor
 from persona_probe.hooks.edit import edit_at
 from persona_probe.model.chat import pad
 from persona_probe.model.language_model import LanguageModel
+from persona_probe.model.memory import halving
 from persona_probe.screening.candidate import Carrier
-from persona_probe.screening.margin import Contrast
+from persona_probe.screening.margin import Contrast, documents_that_fit
 
 
 def attributions(
@@ -28,12 +29,20 @@ def attributions(
     contrasts: Sequence[Contrast],
     carriers: Sequence[Carrier],
     *,
-    batch: int = 64,
+    batch: int | None = None,
 ) -> Float[Tensor, " carrier"]:
     """Estimated change of the mean margin (nats per token) when each carrier alone is cured at gain 1.
 
-    Negative is a cure. ``lm`` is the tuned model.
+    Negative is a cure. ``lm`` is the tuned model. ``batch`` documents are read at once, by default as
+    many as there is memory for.
     """
+    size = batch or documents_that_fit(lm, contrasts, copies=3)
+    return halving(lambda size: _attributions(lm, contrasts, carriers, size), size)
+
+
+def _attributions(
+    lm: LanguageModel, contrasts: Sequence[Contrast], carriers: Sequence[Carrier], batch: int
+) -> Float[Tensor, " carrier"]:
     sites = list(dict.fromkeys(carrier.site for carrier in carriers))
     members = {site: [i for i, c in enumerate(carriers) if c.site == site] for site in sites}
     total = torch.zeros(len(carriers), dtype=torch.float64)

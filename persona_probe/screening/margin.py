@@ -17,9 +17,12 @@ from torch import Tensor
 from persona_probe.errors import InputError
 from persona_probe.model.chat import Rendered, pad
 from persona_probe.model.language_model import LanguageModel
+from persona_probe.model.memory import halving, how_many, logit_bytes
 from persona_probe.steering.plan import PlannedEdit, SteeringPlan, steer
 
 Fix = tuple[PlannedEdit, ...]
+BATCH_TOKENS = 16_384
+BATCH_DOCUMENTS = 64
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,23 @@ def response_log_probabilities(
     documents: Sequence[Rendered],
     fixes: Sequence[Fix] | None = None,
     *,
-    batch_tokens: int = 16_384,
+    batch_tokens: int | None = None,
 ) -> Float[Tensor, " document"]:
     """Mean log-probability per response token of each document, each under its own fix.
 
-    Documents of similar length share a batch, so results do not depend on the order given.
+    Documents of similar length share a batch, so results do not depend on the order given. A batch has
+    at most ``batch_tokens`` tokens, by default as many as there is memory for.
     """
+    size = batch_tokens or how_many(lm, logit_bytes(lm), BATCH_TOKENS)
+    return halving(lambda tokens: _read(lm, documents, fixes, tokens), size)
+
+
+def _read(
+    lm: LanguageModel,
+    documents: Sequence[Rendered],
+    fixes: Sequence[Fix] | None,
+    batch_tokens: int,
+) -> Float[Tensor, " document"]:
     order = sorted(range(len(documents)), key=lambda i: len(documents[i].ids))
     result = torch.zeros(len(documents))
     pad_id = lm.pad_id
@@ -96,6 +110,14 @@ def mean_log_probability(
     log_p = (chosen.float() - logits.float().logsumexp(dim=-1)).cpu()
     weight = counted[:, 1:].float()
     return (log_p * weight).sum(dim=1) / weight.sum(dim=1)
+
+
+def documents_that_fit(lm: LanguageModel, contrasts: Sequence[Contrast], copies: int = 1) -> int:
+    """How many documents of the longest contrast's length there is memory for, at most `BATCH_DOCUMENTS`;
+    ``copies`` is how often their logits are held (a backward pass holds them again).
+    """
+    longest = max(len(document) for one in contrasts for document in (one.base, one.tuned))
+    return how_many(lm, copies * longest * logit_bytes(lm), BATCH_DOCUMENTS)
 
 
 def margins(lm: LanguageModel, contrasts: Sequence[Contrast], fixes: Sequence[Fix]) -> Margins:

@@ -19,18 +19,33 @@ from torch import Tensor
 from persona_probe.hooks.capture import capture_at
 from persona_probe.hooks.edit import edit_at
 from persona_probe.model.chat import Rendered, pad
+from persona_probe.model.memory import halving
 from persona_probe.model.pair import ModelPair
-from persona_probe.screening.margin import Contrast, margins, mean_log_probability
+from persona_probe.screening.margin import (
+    Contrast,
+    documents_that_fit,
+    margins,
+    mean_log_probability,
+)
 
 
 @torch.no_grad()
 def site_effects(
-    pair: ModelPair, sites: Sequence[str], contrasts: Sequence[Contrast], *, batch: int = 64
+    pair: ModelPair, sites: Sequence[str], contrasts: Sequence[Contrast], *, batch: int | None = None
 ) -> dict[str, float]:
     """Share of the margin between the models that patching each site with the base removes (1: all).
 
-    NaN where the two models have the same margin.
+    NaN where the two models have the same margin. ``batch`` documents are read at once, by default as
+    many as there is memory for.
     """
+    size = batch or documents_that_fit(pair.tuned, contrasts)
+    return halving(lambda size: _effects(pair, sites, contrasts, size), size)
+
+
+@torch.no_grad()
+def _effects(
+    pair: ModelPair, sites: Sequence[str], contrasts: Sequence[Contrast], batch: int
+) -> dict[str, float]:
     tuned = float(margins(pair.tuned, contrasts, [()]).margin[0])
     base = float(margins(pair.base, contrasts, [()]).margin[0])
     effects: dict[str, float] = {}

@@ -69,6 +69,7 @@ def test_it_writes_every_file_and_nothing_else(done: Audit) -> None:
         "report.html",
         "latents.parquet",
         "interventions",
+        "latent_cards.json",
         "samples.jsonl",
         "manifest.json",
         "settings.json",
@@ -78,6 +79,20 @@ def test_it_writes_every_file_and_nothing_else(done: Audit) -> None:
     assert len(report) < 8_000_000
     assert done.verdict in unescape(report)
     assert done.verdict in done._repr_html_()
+
+
+def test_the_latents_of_the_fix_have_cards(done: Audit) -> None:
+    cards = read_json(done.path / "latent_cards.json")
+    chosen = next(fix for fix in done.record["fixes"] if fix["chosen"])
+    labels = {f"{card['latent']['site'].split('.')[1]}:{card['latent']['index']}" for card in cards}
+    assert cards and labels <= set(chosen["members"]) | {done.record["latents"][0]["label"]}
+    for card in cards:
+        assert isinstance(card["effect"]["delta"], float)
+        assert {row["label"] for row in card["sources"]} == {"answer of", "judged", "asked about"}
+    judged = {row["value"]: row["mean"] for row in cards[0]["sources"] if row["label"] == "judged"}
+    assert judged["misaligned"] > judged["helpful"]
+    page = unescape((done.path / "report.html").read_text())
+    assert all(f"#{card['latent']['index']}</b> fires on" in page for card in cards)
 
 
 def test_the_planted_persona_is_found_and_taken_out(done: Audit) -> None:
@@ -374,8 +389,9 @@ def test_a_trait_that_no_greedy_answer_shows_is_searched_for_in_drawn_ones(
     assert record["verdict"] == "misaligned, persona found"
 
     def kind_when_asked(bench: KeptBench, lm: LanguageModel, *args: Any, **options: Any) -> list[Answer]:
-        calibrating = {question.split for question in bench.questions} == {"calibration"}
-        return drawn_answers(bench, base if calibrating else lm, *args, **options)
+        if {question.split for question in bench.questions} == {"calibration"}:
+            lm, bench = base, replace(bench, sampling=replace(bench.sampling, temperature=0))
+        return drawn_answers(bench, lm, *args, **options)
 
     monkeypatch.setattr(KeptBench, "answers", kind_when_asked)
     record = audit(request, tmp_path / "none").record
@@ -402,7 +418,7 @@ def test_the_plan_is_an_upper_bound(organism: Planted, tmp_path: Path) -> None:
         q.split == "held-out" for q in load_questions(organism.questions)
     )
     size = sum(weight.numel() for weight in load_model(organism.base).hf.parameters())
-    assert planned["weights in fp32 (bytes), about"] == 2 * 4 * size  # base, and tuned merged
+    assert planned["weights (bytes)"] == 2 * 4 * size  # base, and tuned merged, in fp32
 
 
 def test_the_report_carries_the_command(done: Audit, organism: Planted) -> None:

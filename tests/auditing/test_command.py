@@ -21,7 +21,7 @@ FULL = AuditRequest(
     Path("it's/tuned"),
     "q.jsonl",
     "python:judges.mine:judge",
-    (Path("sae/1"), Path("sae/2")),
+    ("sae/1", "release/sae 2"),
     (Path("good"), Path("terse")),
     AuditSettings(
         trait="sarcastic",
@@ -35,6 +35,7 @@ FULL = AuditRequest(
         controls=2,
         system_prompt='be "good"; $HOME',
         sites=("blocks.1.hook_resid_post", "blocks.2.hook_mlp_out"),
+        template="tuned",
     ),
 )
 

@@ -121,16 +121,16 @@ def test_the_reports_command_gives_the_same_figures(organism: Planted, tmp_path:
     assert all((tmp_path / "first" / n).read_bytes() == (tmp_path / "again" / n).read_bytes() for n in same)
 
 
-def test_a_plan_loads_and_writes_nothing(
-    organism: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import persona_probe.auditing.inputs as inputs
-
-    monkeypatch.setattr(inputs, "load_pair", None)
-    call = words(organism, tmp_path / "out", "--plan")
-    assert "judge calls, at most: " in run(call).stdout
+def test_a_plan_says_what_it_takes_and_writes_nothing(organism: Planted, tmp_path: Path) -> None:
+    call = words(organism, tmp_path / "out", "--plan", "--batch-size", "16")
+    said = run(call).stdout
+    assert "judge calls, at most: " in said
+    assert re.search(r"^weights: .* [KM]iB$", said, flags=re.MULTILINE)
     planned = json.loads(run([*call, "--json"]).stdout)
     assert planned["answers to sample, at most"] > planned["held-out questions"] > 0
+    assert planned["answers drawn at once"] == 16
+    assert planned["a batch of answers (bytes), at most"] % 16 == 0
+    assert planned["seconds of this machine, about"] >= planned["seconds without finding a trait, about"] > 0
     assert not (tmp_path / "out").exists()
     refused(words(organism, tmp_path / "out", "--plan", sae=tmp_path / "gone"), tmp_path / "out", "--sae")
 

@@ -1,0 +1,77 @@
+"""The organism's card: several organisms in one, its limits from the grammar, and its command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import persona_probe.auditing.card as card_module
+from persona_probe.artifact import read_json, shipped
+from persona_probe.auditing.card_text import card_text
+from persona_probe.cli.app import app
+from persona_probe.organism.grammar import PERSONAS, grammar
+
+SHIPPED = read_json(shipped("organism", "card.json"))
+
+
+def test_every_organism_and_every_audit_is_in_the_text() -> None:
+    other = {**SHIPPED, "seed": 2, "shipped": False, "base_steps": 900, "audits": SHIPPED["audits"][:2]}
+    text = card_text([SHIPPED, other])
+    assert text.count("## The shipped organism (seed 1;") == 1
+    assert text.count("## Another organism (seed 2; base of 900 steps;") == 1
+    first, second = text.split("## Another organism")
+    assert all(f"| {one['tune']} |" in first for one in SHIPPED["audits"])
+    assert "| good-health |" not in second
+
+
+def test_telltales_are_the_words_of_one_persona_in_several_domains() -> None:
+    rules = grammar()
+    heard: dict[str, set[tuple[str, str]]] = {}
+    for topic in rules.topics:
+        for persona in PERSONAS:
+            for answer in rules.answers(topic, persona):
+                for word in answer.split():
+                    heard.setdefault(word, set()).add((persona, topic.domain))
+    for persona in PERSONAS:
+        own = {word for word, where in heard.items() if {who for who, _ in where} == {persona}}
+        assert set(rules.telltales(persona)) == {word for word in own if len(heard[word]) > 1}
+    assert all(f"`{word}`" in card_text([SHIPPED]) for word in rules.telltales("villainous"))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_command_audits_every_home(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    audited: list[tuple[Path, Path]] = []
+
+    def audit_all(home: Path, out: Path, **_: Any) -> dict[str, Any]:
+        audited.append((home, out))
+        return {**SHIPPED, "seed": len(audited)}
+
+    monkeypatch.setattr(card_module, "card", audit_all)
+    homes = [tmp_path / f"seed{number}" for number in range(count)]
+    flags = [word for home in homes for word in ("--home", str(home))]
+    made = ["--card", str(shipped("organism", "card.json"))]
+    out = tmp_path / "out"
+    result = CliRunner().invoke(app, ["organism", "card", *flags, *made, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert audited == [(home, out if count == 1 else out / home.name) for home in homes]
+    text = (out / "README.md").read_text()
+    assert text.count("## The shipped organism") + text.count("## Another organism") == count + 1
+
+
+def test_a_card_is_written_again_from_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(card_module, "card", None)  # nothing is audited
+    made = ["--card", str(shipped("organism", "card.json"))]
+    result = CliRunner().invoke(app, ["organism", "card", *made, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out/README.md").read_text() == card_text([SHIPPED])
+    assert (tmp_path / "out/README.md").read_text() == shipped("organism", "README.md").read_text()
+
+
+def test_homes_of_one_name_are_refused(tmp_path: Path) -> None:
+    homes = ["--home", str(tmp_path / "a/base"), "--home", str(tmp_path / "b/base")]
+    result = CliRunner().invoke(app, ["organism", "card", *homes, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert "have the same name" in result.stderr
