@@ -143,6 +143,11 @@ class Steering:
         remembered: Sequence[RowMemory] | None = None,
     ) -> None:
         plan = SteeringPlan.of(fix)
+        if not isinstance(lm, LanguageModel):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InputError(
+                f"a LanguageModel is steered, not a {type(lm).__name__}",
+                fix="lm = load_model(model, tokenizer=tokenizer), and run lm.hf inside the block",
+            )
         if prompt_lengths is not None and any(length < 1 for length in prompt_lengths):
             raise InputError(f"prompt lengths must be at least 1, got {list(prompt_lengths)}")
         for edit in plan.interventions:

@@ -163,3 +163,14 @@ def padded(rows: list[list[int]], side: str = "left") -> dict[str, torch.Tensor]
         "attention_mask": mask,
         "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
     }
+
+
+def loud(**fields: Any) -> Intervention:
+    """An edit that changes every token it touches, much."""
+    vector = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(1))
+    return Intervention("add", direction(vector), SITES[1], level=Level((3.0,)), **fields)
+
+
+def logits(lm: LanguageModel, batch: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return lm.hf(**batch, **options).logits
