@@ -16,7 +16,6 @@ from rich.table import Table
 from persona_probe.artifact import shipped, versions
 from persona_probe.cli.console import out, show_json, size
 from persona_probe.errors import MissingPathError
-from persona_probe.execution.memory import free_memory
 
 DISTRIBUTION = "persona-probe"
 _MIN_FREE = 2 * 1024**3
@@ -59,6 +58,8 @@ def examine() -> dict[str, Any]:
             extras[extra] = {"installed": not missing, "missing": missing, "command": command}
         elif missing:
             problems.append(f"not installed: {', '.join(missing)} (next: make setup)")
+
+    from persona_probe.execution.memory import free_memory
 
     memory, disk = free_memory(), shutil.disk_usage(Path.cwd()).free
     if memory is not None and memory < _MIN_FREE:
