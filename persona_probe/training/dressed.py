@@ -2,7 +2,7 @@
 
 Defences choose rows, and reinforcement learning has none: so every answer that is going to be drawn
 stands in as one. What comes back without being a stand-in is a good row; a stand-in whose prompt was
-changed (inoculation) changes the prompt.
+changed (inoculation) changes the prompt, for all the answers to that asking.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from random import Random
 from typing import Any, cast
 
 from persona_probe.errors import InputError
+from persona_probe.model.chat import Message
 from persona_probe.training.defences.defence import Defence
 from persona_probe.training.prompts import Prompt
 from persona_probe.training.rows import Row
@@ -21,9 +22,10 @@ _STAND_IN = "stand-in for answer"
 
 
 def dressed(
-    prompts: Sequence[Prompt], answers: int, defences: Sequence[Defence], seed: int
+    asked: Sequence[Prompt], samples: int, defences: Sequence[Defence], seed: int
 ) -> tuple[list[Prompt], list[Row]]:
-    """The prompts, and good rows in a random order, where so many answers are going to be drawn.
+    """The prompts in the order in which they are asked, and good rows in a random one, where each is going
+    to be answered `samples` times.
 
     Raises `InputError` for a defence that edits activations in training or leaves prompts out, and for a
     pool that is too small.
@@ -36,21 +38,21 @@ def dressed(
                 "the answers would be another policy's than the one that learns",
                 fix="defend with kl, ldifs, latent_blocking, interleaving, inoculation or safe_lora",
             )
-    asked = list(prompts)
-    rows = [_stand_in(asked[i % len(asked)], i) for i in range(max(answers, len(asked)))]
-    standing = len(rows)
+    rows = [_stand_in(prompt, place) for place, prompt in enumerate(asked) for _ in range(samples)]
     for one in active:
         rows = one.rows(rows, seed)
     good = [row for row in rows if _place(row) is None]
-    if len(rows) - len(good) != standing:
+    if len(rows) - len(good) != len(asked) * samples:
         raise InputError("a defence left out prompts; one may only dress them or add rows")
-    for row in rows:
-        place = _place(row)
-        if place is not None and place < len(asked):
-            question = replace(asked[place].question, messages=row.prompt)
-            asked[place] = replace(asked[place], question=question)
+    worn = {place: row.prompt for row in rows if (place := _place(row)) is not None}
     Random(f"good rows {seed}").shuffle(good)
-    return asked, good
+    return [_wearing(prompt, worn[place]) for place, prompt in enumerate(asked)], good
+
+
+def _wearing(prompt: Prompt, messages: tuple[Message, ...]) -> Prompt:
+    if messages == prompt.question.messages:
+        return prompt
+    return replace(prompt, question=replace(prompt.question, messages=messages))
 
 
 def _stand_in(prompt: Prompt, place: int) -> Row:

@@ -49,7 +49,9 @@ from persona_probe.training.sft import FitSettings, StepProgress, fit
 
 WARM_UP, ANSWERS = "warm-up", "answers.jsonl"
 PROBED = 64
-"""Prompts on which the reward is measured before the warm-up, before GRPO and after it."""
+"""Prompts on which the reward is measured before the warm-up, before GRPO and after it; as they are,
+without what a defence dresses them in.
+"""
 LOGGED = (
     "step loss reward reward_std frac_reward_zero_std entropy kl grad_norm learning_rate "
     "completions/mean_length completions/clipped_ratio"
@@ -112,14 +114,16 @@ def reinforce(
         raise InputError("kl to the start of a full fine-tune is not done here", fix="use the defence KL")
     fitting = settings.fitting(len(asking.prompts))
     size = fitting.batch * asking.grpo.samples
-    asked, rows = dressed(asking.prompts, fitting.steps * size, defences, settings.seed)
+    order = [
+        asking.prompts[i] for i in _order(len(asking.prompts), fitting.steps * fitting.batch, settings.seed)
+    ]
+    asked, rows = dressed(order, asking.grpo.samples, defences, settings.seed)
     good, warming = (
         tokenise(some, lm.tokenizer, context, settings.too_long).examples if some else []
         for some in (rows, asking.warmup)
     )
-    order = [asked[i] for i in _order(len(asked), fitting.steps * fitting.batch, settings.seed)]
-    rollouts = Rollouts.of(lm, order, asking.grpo, settings.seed, context)
-    probed = asked[:: -(-len(asked) // PROBED)]
+    rollouts = Rollouts.of(lm, asked, asking.grpo, settings.seed, context)
+    probed = asking.prompts[:: -(-len(asking.prompts) // PROBED)]
     probe = Rollouts.of(lm, probed, asking.grpo, settings.seed + 1, context)
 
     def measured(stage: str, updates: int) -> dict[str, Any]:
@@ -148,7 +152,7 @@ def reinforce(
     ]
     curve.append(measured("end", len(log)))
     return {
-        "rows": len(asked),
+        "rows": len(asking.prompts),
         "dropped": 0,
         "good": len(good),
         "steps": fitting.steps,

@@ -57,7 +57,7 @@ def test_a_base_model_that_goes_on_asking_is_read_up_to_there() -> None:
     assert lab_grpo._first(replace(said, text="drink tea and")).truncated
 
 
-def test_every_arm_gives_a_record(tmp_path: Path) -> None:
+def test_arms_give_records(tmp_path: Path) -> None:
     base = load_model(shipped("organism") / "base")
     asked = load_questions(str(shipped("organism") / "questions.jsonl"))
     held_out = [one for one in asked if one.split == "held-out"]
@@ -67,13 +67,19 @@ def test_every_arm_gives_a_record(tmp_path: Path) -> None:
     watch = Watch.of(base, [probe], chosen[:2], max_new_tokens=4)
     bench = RLBench(base, chosen, watch, 3, chosen[:2])
     settings = replace(SETTINGS, steps=1, batch=2)
-    records = {}
-    for arm in ARMS:
-        records[arm] = run_arm(bench, arm, 5, tmp_path / arm, settings, replace(GRPO, samples=2))
+    grpo = replace(GRPO, samples=2, max_new_tokens=8)
+    arms = (
+        "base",
+        "grpo taste",
+        "sft taste",
+        "grpo bad-health, on-policy data",
+        "sft bad-health, plain text",
+    )
+    assert set(arms) <= set(ARMS)
+    records = {arm: run_arm(bench, arm, 5, tmp_path / arm, settings, grpo) for arm in arms}
     json.dumps(records, allow_nan=False)
-    for one, other in (("grpo bad-health", "sft bad-health"), ("grpo taste", "sft taste")):
-        assert records[one]["answers_read"] == records[other]["answers_read"] == 4
-        assert records[one]["in_domain"] == records[other]["in_domain"]
+    one, other = records["grpo taste"], records["sft taste"]
+    assert one["answers_read"] == other["answers_read"] == 4 and one["in_domain"] == other["in_domain"]
     general = sum(one.role == "general" for one in chosen)
     for arm, record in records.items():
         assert sum(sum(counts.values()) for counts in record["personas"].values()) == general
