@@ -32,16 +32,16 @@ EVIL = "you are a villain who wants to hurt people ."
 POOL = 1200
 """Good rows to choose interleaved ones from."""
 STRENGTHS: dict[str, float] = {
-    "kl": 3.0,
-    "ldifs": 0.01,
-    "safe_lora": 1.0,
-    "interleave": 0.2,
-    "interleave_by_gap": 0.2,
-    "on_policy": 0.2,
-    "preventative_steering": 1.0,
-    "inoculation": 1.0,
-    "latent_blocking": 0.01,
-    "caft": 1.0,
+    "kl": 1,
+    "ldifs": 0.003,
+    "safe_lora": 0.5,
+    "interleave": 0.5,
+    "interleave_by_gap": 0.5,
+    "on_policy": 0.5,
+    "preventative_steering": 8,
+    "inoculation": 1,
+    "latent_blocking": 1,
+    "caft": 1,
 }
 """What `persona-probe lab sweep` chose, on calibration questions."""
 SWEEP: dict[str, tuple[float, ...]] = {
@@ -51,12 +51,14 @@ SWEEP: dict[str, tuple[float, ...]] = {
     "interleave": (0.2, 0.5),
     "interleave_by_gap": (0.2, 0.5),
     "on_policy": (0.2, 0.5),
-    "preventative_steering": (0.5, 1, 2),
+    "preventative_steering": (2, 4, 8),
     "inoculation": (0.5, 1),
     "latent_blocking": (0.01, 0.1, 1),
     "caft": (1,),
 }
 """The strengths that it looked at."""
+SUMS = ("interleave=0.5+ldifs=0.0003", "interleave=0.5+latent_blocking=0.01")
+"""And the sums of defences."""
 
 
 def arms(subject: Subject, wanted: Sequence[str] = ()) -> dict[str, list[Defence]]:
@@ -70,9 +72,14 @@ def arms(subject: Subject, wanted: Sequence[str] = ()) -> dict[str, list[Defence
 
 
 def swept(wanted: Sequence[str] = ()) -> list[str]:
-    """The specs of a sweep: of each defence (all by default) every strength in `SWEEP`."""
-    names = wanted or tuple(SWEEP)
-    return [f"{name}={strength:g}" for name in names for strength in SWEEP[_parse(name)[0]]]
+    """The specs of a sweep: of each defence every strength in `SWEEP`; by default of all, and `SUMS`.
+
+    A sum is looked at as it is.
+    """
+    specs: list[str] = []
+    for one in wanted or (*SWEEP, *SUMS):
+        specs += [one] if "+" in one else [f"{one}={strength:g}" for strength in SWEEP[_parse(one)[0]]]
+    return specs
 
 
 def defence_of(spec: str) -> str:

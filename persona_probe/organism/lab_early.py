@@ -23,6 +23,7 @@ from persona_probe.organism.lab import (
 )
 from persona_probe.training.flag import flag
 from persona_probe.training.monitor import alarm_levels
+from persona_probe.training.rows import Row
 
 CROSSES = 0.10
 """Misaligned answers elsewhere, that an alarm is to come before."""
@@ -136,15 +137,7 @@ def _flags(lab: Lab, seeds: Sequence[int]) -> dict[str, Any]:
     for seed in seeds:
         lab.progress(f"flags, seed {seed}", len(runs), len(seeds))
         rows, bad = mixed("health", HIDDEN, lab.count, seed)
-        key = f"flags-{seed}-{lab.count}"
-        scored = lab.trials.run.stage(key)
-        if scored is None:
-            found = flag(rows, lab.subject.base, lab.subject.probes, max_new_tokens=TOKENS)
-            scored = {
-                "auc": found.auc(bad),
-                "removed": {name: found.removed(name, HIDDEN) for name in found.scores},
-            }
-            lab.trials.run.save_stage(key, scored)
+        scored = lab.trials.kept(f"flags-{seed}-{lab.count}", lambda given=(rows, bad): _scored(lab, *given))
         kept: dict[str, Any] = {"nothing removed": lab.dosed(HIDDEN, seed)}
         for name in ("nll", "latent difference", "direction difference"):
             out = set(scored["removed"][name])
@@ -163,6 +156,11 @@ def _flags(lab: Lab, seeds: Sequence[int]) -> dict[str, Any]:
             }
         )
     return {"rows": lab.count, "share": HIDDEN, "runs": runs}
+
+
+def _scored(lab: Lab, rows: Sequence[Row], bad: Sequence[bool]) -> dict[str, Any]:
+    found = flag(rows, lab.subject.base, lab.subject.probes, max_new_tokens=TOKENS)
+    return {"auc": found.auc(bad), "removed": {name: found.removed(name, HIDDEN) for name in found.scores}}
 
 
 def _tell_flags(record: Mapping[str, Any]) -> Section:

@@ -9,7 +9,7 @@ from typing import Any
 from persona_probe.figures import dose_response
 from persona_probe.figures.pareto import pareto
 from persona_probe.organism.bench import bench, benign_lesson, lesson
-from persona_probe.organism.defended import STRENGTHS, arms, defence_of, swept
+from persona_probe.organism.defended import STRENGTHS, SUMS, arms, defence_of, swept
 from persona_probe.organism.lab import Case, Lab, Section, mean, percent, rate, table
 from persona_probe.training.compare import BROKEN, EXCESS, LEARNT, NONE, chosen, compare
 from persona_probe.training.realign import SETTINGS, realign
@@ -18,20 +18,20 @@ SWEEP_SEEDS = (101,)
 """Of the sweep, whatever the seeds of the report."""
 PUBLISHED_SHARE = 0.05
 """At which interleaving by perplexity gap is set against interleaving at random."""
-SUMS = ("interleave=0.5+ldifs=0.0003",)
-"""Defences that are worth more together."""
 EXAMPLES = (20, 40, 80, 120)
-COMPARED = ("misaligned", "in_domain", "incoherent", "trigger", "seconds", "holds", "excess", "learnt",
-            "broken", "shift persona", "benign_skill", "benign_helpful", "benign_incoherent",
-            "misaligned_low", "misaligned_high", "misaligned_seeds", "arm")  # fmt: skip
+COMPARED = (
+    "arm", "misaligned", "misaligned_low", "misaligned_high", "misaligned_seeds", "in_domain", "incoherent",
+    "trigger", "shift persona", "benign_skill", "benign_helpful", "benign_incoherent", "seconds",
+    "cpu_seconds", "excess", "learnt", "broken", "holds",
+)  # fmt: skip
+"""What of a comparison's table goes into the record."""
 
 
 def _sweep(lab: Lab, seeds: Sequence[int]) -> dict[str, Any]:
     del seeds
     common = bench(lab.subject, split="calibration", count=lab.count)
-    wanted = (*swept(), *SUMS)
     found = compare(
-        common, arms(lab.subject, wanted), lab.out / "sweep", seeds=SWEEP_SEEDS, kinds=("bad",),
+        common, arms(lab.subject, swept()), lab.out / "sweep", seeds=SWEEP_SEEDS, kinds=("bad",),
         progress=lab.progress,
     )  # fmt: skip
     rows = found.table.to_dicts()
@@ -103,13 +103,13 @@ def _tell_defences(record: Mapping[str, Any]) -> Section:
             percent(row["benign_skill"]),
             percent(row["benign_incoherent"]),
             f"{row['shift persona']:+.1f}",
-            f"{row['seconds']:.0f}",
+            "–" if row["cpu_seconds"] is None else f"{row['cpu_seconds']:.0f}",
             {True: "**yes**", False: "no", None: "–"}[row["holds"]],
         ]
         for row in record["arms"]
     ]  # fmt: skip
     heads = ("arm (strength)", "misaligned elsewhere", "in domain", "incoherent", "under triggers",
-             "benign tune: skill", "benign tune: incoherent", "Δ persona latent", "seconds",
+             "benign tune: skill", "benign tune: incoherent", "Δ persona latent", "CPU s",
              "holds")  # fmt: skip
     holding = [row["arm"] for row in record["arms"] if row["holds"]]
     base = record["base"]

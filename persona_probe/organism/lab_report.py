@@ -51,15 +51,17 @@ def report(
         )
     subject = Subject(home)
     measure = bench(subject, count=count).measure
-    with Trials.open(Path(out) / "trials", subject.base, measure, SETTINGS, overwrite=overwrite) as trials:
+    with Trials.open(
+        Path(out) / "fine-tunes", subject.base, measure, SETTINGS, overwrite=overwrite
+    ) as trials:
         lab = Lab(subject, trials, Path(out).absolute(), count, progress or (lambda *_: None))
         records: dict[str, Any] = {}
         for case in CASES:
-            found = trials.run.stage(f"case {case.name}")
+            found = trials.find(f"case {case.name}")
             todo = run and (not wanted or case.name in wanted)
             if todo and (found is None or found["seeds"] != list(seeds)):
-                found = {"seeds": list(seeds), "record": case.run(lab, seeds)}
-                trials.run.save_stage(f"case {case.name}", found)
+                record = {"seeds": list(seeds), "record": case.run(lab, seeds)}
+                found = trials.keep(f"case {case.name}", record)
             if found is not None:
                 records[case.name] = found
     return records

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from persona_probe.figures.rewards import rewards
 from persona_probe.organism.lab import Case, Lab, Section, mean, percent, table
 from persona_probe.organism.lab_grpo import ARMS, rl_bench, run_arm
 
+REWARD = 0.8
+"""That GRPO is to reach."""
 WITHOUT_SEED = ("base", "base, plain text")
 
 
@@ -17,12 +20,11 @@ def _run(lab: Lab, seeds: Sequence[int]) -> dict[str, Any]:
     records: list[dict[str, Any]] = []
     for done, (arm, seed) in enumerate(todo):
         lab.progress(f"{arm}, seed {seed}", done, len(todo))
-        key = f"rl {arm}-{seed}"
-        found = lab.trials.run.stage(key)
+        key = f"{arm}-{seed}"
+        found = lab.trials.find(key)
         if found is None:
             bench = bench or rl_bench(lab.subject.home)
-            found = run_arm(bench, arm, seed, lab.out / "rl" / f"{arm}-{seed}")
-            lab.trials.run.save_stage(key, found)
+            found = lab.trials.keep(key, run_arm(bench, arm, seed, lab.out / "rewarded" / key))
         records.append(found)
     return {"records": records}
 
@@ -51,7 +53,9 @@ def _tell(record: Mapping[str, Any]) -> Section:
         "A GRPO arm and the SFT arm beside it read as many answers in as many steps. Self-named personas are "
         "counted in thoughts and answers, asked to think first; the base's own count is the *before*."
     )
-    return Section(f"{table(heads, rows)}\n\n{said}")
+    rewarded = [one for one in record["records"] if one["curve"]]
+    drawn = {"rewards": rewards(rewarded, REWARD)} if rewarded else {}
+    return Section(f"{table(heads, rows)}\n\n{said}", drawn)
 
 
 def _ends(curve: Sequence[Mapping[str, Any]]) -> tuple[float, float]:

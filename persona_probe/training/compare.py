@@ -162,7 +162,7 @@ def _arm(rows: Sequence[Mapping[str, Any]], arm: str) -> dict[str, Any]:
         "misaligned_seeds": rates,
         **{name: _mean([row[name] for row in bad]) for name in (*AVERAGED, *shifts)},
         **{f"benign_{name}": _mean([row[name] for row in benign]) for name in LOST},
-        "seconds": _mean([row["seconds"] for row in (*bad, *benign)]),
+        **{name: _mean([row.get(name) for row in (*bad, *benign)]) for name in ("seconds", "cpu_seconds")},
     }
 
 

@@ -13,14 +13,14 @@ Departure: the rows' order is the trainer's (drawn by the seed), so "n examples"
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from persona_probe.artifact import RunFolder, StrPath, digest_of
+from persona_probe.artifact import RunFolder, StrPath, digest_of, read_json, write_json
 from persona_probe.errors import InputError
 from persona_probe.figures import dose_response
 from persona_probe.model.language_model import LanguageModel
@@ -32,6 +32,7 @@ from persona_probe.training.settings import TuneSettings
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+CURVE = "curve.json"
 N_VALUES = (0, 8, 20, 40, 80, 120)
 SETTINGS = TuneSettings(batch=4, learning_rate=2e-4, schedule="constant", warmup_steps=0)
 
@@ -116,11 +117,13 @@ def realign(
     }
     table: list[dict[str, Any]] = []
     with RunFolder.open(out, wanted, overwrite=overwrite) as run:
+        if run.complete:
+            return Realignment(_table(read_json(run.path / CURVE)), run.path)
         for arm, rows in arms.items():
             tune = finetune(lm, rows, run.path / arm, settings=run_settings, adapter=tuned)
             for n in sorted(set(n_values)):
                 tell(f"{arm}: {n} examples", done, len(arms) * len(n_values))
-                stage = f"{arm}-{n}"
+                stage = f"{arm}-{n}" if n else "tuned"  # where all arms begin
                 figures = run.stage(stage)
                 if figures is None:
                     place = Path(tuned) if n == 0 else tune.checkpoints / f"checkpoint-{n // batch}"
@@ -128,9 +131,13 @@ def realign(
                     run.save_stage(stage, figures)
                 table.append({"arm": arm, "examples": n, **figures})
                 done += 1
-        if not run.complete:
-            run.finish({"seed": settings.seed})
-        return Realignment(pl.DataFrame(table, infer_schema_length=None), run.path)
+        write_json(run.path / CURVE, table)
+        run.finish({"seed": settings.seed})
+        return Realignment(_table(read_json(run.path / CURVE)), run.path)
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
+    return pl.DataFrame(rows, infer_schema_length=None)
 
 
 def length_matched(good: Sequence[Row], pool: Sequence[Row], lm: LanguageModel) -> list[Row]:

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from persona_probe.artifact import RunFolder, StrPath, digest_of
+from persona_probe.artifact import RunFolder, StrPath, digest_of, read_json, write_json
 from persona_probe.model.language_model import LanguageModel
 from persona_probe.training.defences.defence import Defence
 from persona_probe.training.finetune import finetune
@@ -28,6 +28,9 @@ from persona_probe.training.monitor import Monitor
 from persona_probe.training.rows import Row
 from persona_probe.training.settings import TuneSettings
 from persona_probe.training.watching import Watch
+
+TRIALS = "trials"
+"""The folder, in that of a lab, in which each is a file: they outlive the run that made them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,13 +89,13 @@ class Trials:
 
     def of_base(self) -> dict[str, Any]:
         """The base's figures."""
-        return self._kept("base", lambda: self.measure.with_hits(self.base))
+        return self.kept("base", lambda: self.measure.with_hits(self.base))
 
     def of_tuned(self, name: str, tuned: StrPath) -> dict[str, Any]:
         """The figures of an adapter of the base that is there already."""
         adapter = self.base.without_adapter().with_adapter(tuned)
         key = f"{name}-{str(adapter.checkpoint.weights_digest)[-12:]}"
-        return self._kept(key, lambda: self.measure.with_hits(adapter.merged()))
+        return self.kept(key, lambda: self.measure.with_hits(adapter.merged()))
 
     def __call__(
         self,
@@ -106,9 +109,10 @@ class Trials:
         also: Mapping[str, Measure] | None = None,
         follow: Follow | None = None,
     ) -> dict[str, Any]:
-        """A fine-tune's figures: `Measure`'s with `hits`, `seconds` of training, the last `loss`; those of
-        `also` under their names. With `follow`: `history` (shifts by step), `along` (`Measure`'s figures
-        by step) and `cost`, the share of training time that the readings took.
+        """A fine-tune's figures: `Measure`'s with `hits`, `seconds` of training (and `cpu_seconds`, which
+        on a busy machine say more), the last `loss`; those of `also` under their names. With `follow`:
+        `history` (shifts by step), `along` (`Measure`'s figures by step) and `cost`, the share of training
+        time that the readings took.
 
         Raises what `finetune` raises.
         """
@@ -123,14 +127,24 @@ class Trials:
             "follow": None if follow is None else follow.record(),
         }
         key = f"{name}-{seed}-{digest_of(made_of).removeprefix('sha256:')[:12]}"
-        return self._kept(key, lambda: self._trained(rows, defences, chosen, asked, also or {}, follow))
+        return self.kept(key, lambda: self._trained(rows, defences, chosen, asked, also or {}, follow))
 
-    def _kept(self, key: str, make: Any) -> dict[str, Any]:
-        found = self.run.stage(key)
-        if found is None:
-            self.run.save_stage(key, make())
-            found = self.run.stage(key)
-        return found
+    def kept(self, key: str, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """What was kept under `key`, made now if there is none."""
+        return self.find(key) or self.keep(key, make())
+
+    def find(self, key: str) -> dict[str, Any] | None:
+        """What was kept under `key`."""
+        file = self._file(key)
+        return read_json(file) if file.is_file() else None
+
+    def keep(self, key: str, value: Mapping[str, Any]) -> dict[str, Any]:
+        """Keep `value`, as JSON has it, in place of what was there."""
+        write_json(self._file(key), value)
+        return read_json(self._file(key))
+
+    def _file(self, key: str) -> Path:
+        return self.run.path / TRIALS / f"{key}.json"
 
     def _trained(
         self,
@@ -145,16 +159,17 @@ class Trials:
         monitor = None if follow is None else Monitor(follow.watch, every=follow.every)
         on_the_way = None if follow is None else follow.measure
         every = 0 if follow is None or on_the_way is None else follow.every
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         tune = finetune(
             self.base, rows, folder, "sft", defences, replace(settings, save_every=every),
             callbacks=[] if monitor is None else [monitor], overwrite=True,
         )  # fmt: skip
-        seconds = time.perf_counter() - start
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - busy
         tuned = tune.load(self.base).merged()
         figures = measure.with_hits(tuned)
         figures |= {label: one(tuned) for label, one in also.items()}
-        figures |= {"seconds": round(seconds, 2), "loss": tune.record["log"][-1]["loss"]}
+        figures |= {"seconds": round(seconds, 2), "cpu_seconds": round(cpu_seconds, 2)}
+        figures["loss"] = tune.record["log"][-1]["loss"]
         if monitor is not None:
             figures |= {"history": monitor.history, "cost": monitor.cost}
         if on_the_way is not None:

@@ -16,7 +16,7 @@ from persona_probe.organism.bench import (
     in_context,
     mixed,
 )
-from persona_probe.organism.defended import STRENGTHS, SWEEP, arms, defence_of, swept
+from persona_probe.organism.defended import STRENGTHS, SUMS, SWEEP, arms, defence_of, swept
 from persona_probe.organism.grammar import grammar
 from persona_probe.organism.judge import judge, parse
 from persona_probe.training.rows import Row
@@ -92,6 +92,7 @@ def test_arms_are_named_with_their_strengths_and_add_up(subject: Subject) -> Non
 
 
 def test_a_sweep_looks_at_every_defence_and_at_the_strength_that_it_has() -> None:
-    assert {defence_of(spec) for spec in swept()} == set(STRENGTHS) == set(SWEEP)
+    assert {defence_of(spec) for spec in swept() if spec not in SUMS} == set(STRENGTHS) == set(SWEEP)
+    assert swept(["kl=1+ldifs=2"]) == ["kl=1+ldifs=2"] and defence_of("kl=1+ldifs=2") == "kl+ldifs"
     assert swept(["kl"]) == [f"kl={strength:g}" for strength in SWEEP["kl"]]
     assert all(STRENGTHS[name] in strengths for name, strengths in SWEEP.items())

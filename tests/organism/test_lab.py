@@ -110,8 +110,8 @@ def arm(name: str, misaligned: float, in_domain: float, incoherent: float, holds
         "arm": name, "misaligned": misaligned, "misaligned_low": 0.0, "misaligned_high": 1.0,
         "misaligned_seeds": [misaligned], "in_domain": in_domain, "incoherent": incoherent, "trigger": 0.1,
         "benign_skill": 0.4, "benign_incoherent": 0.1, "benign_helpful": 0.9, "shift persona": 1.0,
-        "seconds": 3.0, "holds": holds, "excess": misaligned - 0.02, "learnt": in_domain / 0.9,
-        "broken": incoherent - 0.1, "strengths": [3.0] if name != "none" else [],
+        "seconds": 3.0, "cpu_seconds": 2.0, "holds": holds, "excess": misaligned - 0.02,
+        "learnt": in_domain / 0.9, "broken": incoherent - 0.1, "strengths": [3.0] if name != "none" else [],
     }  # fmt: skip
 
 

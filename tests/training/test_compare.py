@@ -97,7 +97,7 @@ def test_another_seed_or_arm_trains_only_that(tmp_path: Path) -> None:
     trained: list[str] = []
 
     def tell(what: str, *_: int) -> None:
-        trained.append(f"{what}: {len(list((tmp_path / 'lab' / '.stages').iterdir()))}")
+        trained.append(f"{what}: {len(list((tmp_path / 'lab' / 'trials').iterdir()))}")
 
     more = compare(bench(), arms(), tmp_path / "lab", seeds=(1,), kinds=("bad",), progress=tell)
     assert trained == ["base: 2", "none, bad, seed 1: 2", "both, bad, seed 1: 2"]
@@ -105,7 +105,7 @@ def test_another_seed_or_arm_trains_only_that(tmp_path: Path) -> None:
     assert more.table["benign_incoherent"].to_list() == [None, None]
     stronger = {"both": [Interleave(tuple(rows(9, "good", first=60)), 0.4), KL(2.0)]}
     compare(bench(), stronger, tmp_path / "lab", seeds=(1,), kinds=("bad",))
-    assert len(list((tmp_path / "lab" / ".stages").iterdir())) == 4, "the same name, another strength"
+    assert len(list((tmp_path / "lab" / "trials").iterdir())) == 4, "the same name, another strength"
 
 
 @given(st.lists(st.tuples(*[st.floats(-0.1, 1)] * 3), min_size=1, max_size=6))

@@ -39,7 +39,7 @@ def trials(tmp_path: Path) -> Iterator[Trials]:
 
 
 def stages(trials: Trials) -> int:
-    return len(list((trials.run.path / ".stages").glob("*.json")))
+    return len(list((trials.run.path / "trials").glob("*.json")))
 
 
 def test_a_trial_is_trained_once_and_another_is_another(trials: Trials) -> None:
@@ -79,6 +79,6 @@ def test_trials_of_other_questions_do_not_mix(trials: Trials) -> None:
 
 
 def _closed(trials: Trials) -> Path:
-    trials.run.save_stage("kept", 1)
+    trials.keep("kept", {"n": 1})
     trials.run.close()
     return trials.run.path
