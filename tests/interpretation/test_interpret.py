@@ -170,7 +170,7 @@ def test_what_is_held_of_a_corpus_is_a_run_of_it(
     persona: tuple[LanguageModel, Latent], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm, latent = persona
-    documents, labels = corpus_of(120)
+    documents, labels = corpus_of(40)
     whole = interpret(lm, latent, documents, labels=labels)
     monkeypatch.setattr("persona_probe.interpretation.reader.RUN_BATCHES", 1)
     cut = interpret(lm, latent, documents, labels=labels, batch_tokens=1024)

@@ -135,6 +135,7 @@ def test_hostile_strings_are_shown_and_not_run(
         fix["name"] = HOSTILE
     latents[0]["label"] = audit["title"] = audit["trait"] = audit["reason"] = HOSTILE
     audit["baselines"][HOSTILE] = audit["base"]
+    audit["provenance"]["digests"] = {HOSTILE: HOSTILE}  # a file's name
     card = audit["cards"][0]
     card["terms"] = [HOSTILE]
     card["top"][0] |= {"place": HOSTILE, "tokens": [[HOSTILE, 9.0, False], [HOSTILE, None, True]]}
