@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast
 
 import typer
 from rich.table import Table
@@ -156,11 +156,11 @@ def calibrate(
             (scale,) = scales_of(unit, arms["base"], [aim], read, asked.calibration, max_new_tokens)
         found = run(
             lm, edits[0] if aim is None else aim.target, asked.calibration, judge,
-            site=None if aim is None else aim.site, op=op, levels=doses, unit=unit, scale=scale,
-            read=read if aim is not None else "auto", gains=strengths, positions=places,
+            site=None if aim is None else aim.site, op=cast("Any", op), levels=doses, unit=unit, scale=scale,
+            read=read if aim is not None else "auto", gains=strengths, positions=cast("Any", places),
             goal=goal, budget=budget, kl_budget=kl_budget, sampling=sampling, trait=trait,
             in_domain=asked.in_domain,
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
         if found.best is not None:
             save_fix(found.best.intervention, path / "fix", overwrite=True)
         record = {

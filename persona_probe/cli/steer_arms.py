@@ -130,15 +130,15 @@ def one_latent(
                 op,  # type: ignore[arg-type]
                 latents(dictionary, [int(index)]),
                 dictionary.site,
-                _positions(positions),
+                positions_of(positions),
                 None if level is None else Level((level,)),
             )
         )
     return tuple(edits)
 
 
-def _positions(text: str) -> Any:
-    """A name, or indices: `0,3,-1`."""
+def positions_of(text: str) -> Any:
+    """Positions as they are typed: a name, or indices (`0,3,-1`)."""
     parts = text.split(",")
     return tuple(map(int, parts)) if all(part.lstrip("-").isdigit() for part in parts) else text
 

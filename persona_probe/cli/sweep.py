@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import typer
 from rich.table import Table
@@ -28,7 +28,7 @@ def sweep(
         Literal["projection", "encoder"], typer.Option(help="How a latent's amount is measured.")
     ] = "projection",
     positions: Annotated[
-        str, typer.Option(help="all, prompt, response, last_prompt, think, answer.")
+        str, typer.Option(help="all, prompt, response, last_prompt, think, answer, or indices.")
     ] = "all",
     gain: Annotated[float, typer.Option(help="Above 1 over-corrects.")] = 1.0,
     questions: Annotated[str | None, typer.Option(help="A questions file, or a shipped set.")] = None,
@@ -58,7 +58,7 @@ def sweep(
     """
     if base is None and tuned is not None:
         raise InputError("--tuned needs --base, the checkpoint that it was tuned from")
-    from persona_probe.cli.steer_arms import load_arms
+    from persona_probe.cli.steer_arms import load_arms, positions_of
     from persona_probe.cli.steer_bench import (
         aims_of,
         asked_of,
@@ -102,10 +102,10 @@ def sweep(
         ).models
         scales = scales_of(unit, arms["base"], aims, read, asked, max_new_tokens)
         found = run(
-            arms["steered"], [(aim.target, aim.site) for aim in aims], doses, asked, judge, op=op, unit=unit,
-            scale=scales, positions=positions, read=read, gain=gain, sampling=sampling, trait=trait,
-            batch_size=batch_size,
-        )  # type: ignore[arg-type]  # fmt: skip
+            arms["steered"], [(aim.target, aim.site) for aim in aims], doses, asked, judge,
+            op=cast("Any", op), unit=unit, scale=scales, positions=positions_of(positions), read=read,
+            gain=gain, sampling=sampling, trait=trait, batch_size=batch_size,
+        )  # fmt: skip
         rows = [{"latent": aims[i // len(doses)].name, **row} for i, row in enumerate(found.table.to_dicts())]
         return {"model": arms["steered"].name, "unsteered": found.reference, "rows": rows}, found.plot()
 
