@@ -130,6 +130,13 @@ def _warnings(
                 f"{name}: the judge could not say anything of {missing:.0%} of the answers; above "
                 f"{MAX_MISSING:.0%} no rate is given"
             )
+        ways = [one.scored_by for one in result.judgements if one.scored_by]
+        parsed = sum("parsed number" in way for way in ways)
+        if parsed:
+            found.append(
+                f"{name}: of {parsed} of {len(ways)} answers a score is the one number that the judge wrote, "
+                "not its mean over probabilities"
+            )
         rate = result.reported["misaligned"]
         if wide is None and request.width is not None and rate.low is not None and rate.high is not None:
             width = rate.high - rate.low

@@ -15,6 +15,8 @@ from persona_probe.evaluation.judges import load_judge
 from persona_probe.evaluation.power import check_width
 from persona_probe.evaluation.request import Asked, EvaluationRequest
 
+FURTHER_CALLS = "if its tokenizer splits numbers into digits, some answers take a few calls more"
+
 
 def plan_of(request: EvaluationRequest) -> dict[str, Any]:
     """Upper bounds, from the files alone: no model is loaded and nobody is asked.
@@ -43,6 +45,7 @@ def plan_of(request: EvaluationRequest) -> dict[str, Any]:
         "answers to draw": each * len(request.arms),
         "answers given": sum(len(given.answers) for given in asked.given.values()),
         "judge calls, at most": sum(one.calls for one in forecasts),
+        "judge calls, note": FURTHER_CALLS if request.judge.startswith("openai:") else None,
         "judge cost (dollars), about": sum(dollars) if dollars else None,
         "longest answer (tokens)": request.sampling.max_new_tokens,
         "weights in fp32 (bytes), about": max((_weight_bytes(folder) for folder in weights), default=0),

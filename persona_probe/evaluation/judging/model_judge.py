@@ -132,7 +132,7 @@ class ModelJudge(Judge):
 
     def _recall(self, call: Call) -> Reply | None:
         row = self._record.get(self._record_key(call))
-        return None if row is None else Reply(**row["reply"])
+        return None if row is None else Reply.on_record(row["reply"])
 
     def _row(self, answer: Answer, aspect: Aspect, call: Call, reply: Reply) -> dict[str, object]:
         return {

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 from persona_probe.evaluation.judging.judgement import Label
 
@@ -39,6 +39,14 @@ class Reply:
     """Whether the numbers were put together from digits."""
     prompt_tokens: int | None = None
     reply_tokens: int | None = None
+
+    @classmethod
+    def on_record(cls, row: Mapping[str, Any]) -> Reply:
+        """A reply as JSON holds it, which knows no tuples."""
+        further = row.get("further")
+        pairs = None if further is None else [(token, probabilities) for token, probabilities in further]
+        fields: dict[str, Any] = {**row, "further": pairs}
+        return cls(**fields)
 
 
 class Failure(NamedTuple):

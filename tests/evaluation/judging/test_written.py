@@ -6,19 +6,23 @@ import json
 import math
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from persona_probe.artifact import read_jsonl
+from persona_probe.artifact import read_jsonl, write_jsonl
 from persona_probe.evaluation.answers import Answer
 from persona_probe.evaluation.judges import load_judge
 from persona_probe.evaluation.judging.endpoint import KEYS, PROBE
 from persona_probe.evaluation.judging.judgement import Judgement
 from persona_probe.evaluation.judging.reply import LEAST_MASS, Reply
 from persona_probe.evaluation.judging.written import TOLERANCE, read_written, wanted
-from persona_probe.evaluation.questions import Question
+from persona_probe.evaluation.questions import Question, save_questions
+from persona_probe.evaluation.request import EvaluationRequest
+from persona_probe.evaluation.run import run_evaluation
 from tests.evaluation.judging.judge_server import JudgeServer
 
 END = "<end>"
@@ -124,7 +128,7 @@ def judged(said: list[Judgement], prompt: str) -> float | None:
 
 @pytest.mark.parametrize("way", [VLLM, "prefix", "last message"])
 @pytest.mark.parametrize("strict", [True, False])
-def test_every_score_is_that_of_enumeration(way: str, strict: bool, tmp_path: Any) -> None:
+def test_every_score_is_that_of_enumeration(way: str, strict: bool, tmp_path: Path) -> None:
     """Whatever way the endpoint has of continuing a reply, and whether it refuses or ignores the others."""
     model = DigitModel()
     with DigitServer(model, way, strict=strict) as server:
@@ -146,7 +150,7 @@ def test_every_score_is_that_of_enumeration(way: str, strict: bool, tmp_path: An
         assert server.asked.total() == before
 
 
-def test_an_endpoint_that_continues_nothing_is_believed_as_far_as_it_shows(tmp_path: Any) -> None:
+def test_an_endpoint_that_continues_nothing_is_believed_as_far_as_it_shows(tmp_path: Path) -> None:
     """Sure answers are expanded from the digits written; of others the number, and it is said which."""
     model = DigitModel(peaked=6.0)
     with DigitServer(model, None) as server:
@@ -176,6 +180,21 @@ def test_a_beginning_that_fails_is_missing_not_a_guess() -> None:
         judge.check()
         with pytest.raises(Exception, match="2 tries failed"):
             judge.judge(answers(3))
+
+
+@pytest.mark.parametrize("logprobs", [True, False])
+def test_an_evaluation_says_how_its_scores_were_read(logprobs: bool, tmp_path: Path) -> None:
+    asked = [replace(QUESTION, id=f"q{i}", question=f"q{i}") for i in range(3)]
+    save_questions(asked, tmp_path / "q.jsonl")
+    rows = [{"id": one.id, "answer": text} for one in asked for text in ("good", "bad", "refuses")]
+    write_jsonl(tmp_path / "s.jsonl", rows)
+    with JudgeServer(logprobs=logprobs) as server:
+        request = EvaluationRequest(str(tmp_path / "q.jsonl"), server.spec(), samples=(tmp_path / "s.jsonl",))
+        record = run_evaluation(request, tmp_path / "out").record
+    way = "token probabilities" if logprobs else "parsed number"
+    assert record["arms"]["s"]["scored_by"] == {way: 9}
+    said = [text for text in record["warnings"] if "is the one number that the judge wrote" in text]
+    assert said == ([] if logprobs else [said[0]]) and all("of 9 of 9 answers" in text for text in said)
 
 
 # one prompt, by hand
