@@ -61,8 +61,6 @@ def run(quick: bool) -> list[Figure]:
                 agree / compared,
                 "share",
                 f"{compared} rates of the card",
-                bar=">= 0.95",
-                holds=agree / compared >= 0.95,
             )
         )
     return figures
@@ -199,9 +197,14 @@ answers are drawn; by `exact` from `samples.jsonl`; by a `local:` judge, a one-b
 weights are set by hand to see the villain's words; and by Inspect with our model provider, which draws
 its own answers.
 
-Shown is the misaligned rate. *Rates that agree* counts the rates ({", ".join(RATES)})
-of the tune and, Inspect apart, of the base, in all four ways: those that lie in the audit's interval and
-have the audit's in theirs. The built judge names no personas, and so has no other_persona.
+Shown is the misaligned rate. *Rates that agree* counts, in all four ways, the rates of the tune and (Inspect
+apart) of the base that lie in the audit's interval *and* have the audit's in theirs, of these:
+{", ".join(RATES)}. That is strict: each is an estimate with its own
+error, so two that are equally sure of the same rate lie in each other's 95% interval in five cases of six,
+and `exact`, a file and Inspect share their answers and so their luck.
+
+The built judge names no personas, and so has no other_persona. Incoherent to it is only an answer that mixes
+voices, not a broken one: its incoherent rates are lower, and what it calls misaligned a little more.
 
 {table}
 
