@@ -111,15 +111,17 @@ def report(
     """Every case of the lab, measured and told on one page; resumes trial by trial."""
     from persona_probe.artifact import shipped
     from persona_probe.organism.bench import ROWS
+    from persona_probe.organism.lab_report import records_in, write_page
     from persona_probe.organism.lab_report import report as run
-    from persona_probe.organism.lab_report import write_page
 
-    numbers, home = _numbers(seeds), organism or shipped("organism")
-    with progress_bar(as_json) as told:
-        records = run(
-            home, out_dir, numbers, wanted=only or (), run=not tell_only, count=rows or ROWS,
-            overwrite=overwrite, progress=told,
-        )  # fmt: skip
+    if tell_only:
+        records = records_in(out_dir)
+    else:
+        with progress_bar(as_json) as told:
+            records = run(
+                organism or shipped("organism"), out_dir, _numbers(seeds), wanted=only or (),
+                count=rows or ROWS, overwrite=overwrite, progress=told,
+            )  # fmt: skip
     command = f"persona-probe lab report --seeds {seeds} --docs {docs or 'docs'}"
     page, data = write_page(records, docs or out_dir, command, pictures=pictures)
     if as_json:

@@ -27,10 +27,13 @@ def save_pictures(figures: Mapping[Path, go.Figure], width: int = WIDTH) -> None
     try:
         from playwright.sync_api import sync_playwright
     except ImportError as error:
-        raise MissingExtraError("pictures of figures are taken by playwright", "dev") from error
+        raise MissingExtraError.of("playwright", "dev") from error
     found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if found is None:
-        raise MissingExtraError("pictures of figures are taken by Chromium, which is not there", "dev")
+        raise MissingExtraError(
+            f"pictures of figures are taken by a browser: none of {', '.join(BROWSERS)} is on the path",
+            fix="install one (apt-get install chromium), or do without pictures",
+        )
     with sync_playwright() as driver, tempfile.TemporaryDirectory() as folder:
         browser: Any = driver.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
         tab = browser.new_page(viewport={"width": width + 40, "height": 700}, device_scale_factor=2)

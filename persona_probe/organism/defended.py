@@ -51,13 +51,18 @@ SWEEP: dict[str, tuple[float, ...]] = {
     "interleave": (0.2, 0.5),
     "interleave_by_gap": (0.2, 0.5),
     "on_policy": (0.2, 0.5),
-    "preventative_steering": (2, 4, 8),
+    "preventative_steering": (2, 4, 6, 8),
     "inoculation": (0.5, 1),
     "latent_blocking": (0.01, 0.1, 1),
     "caft": (1,),
 }
 """The strengths that it looked at."""
-SUMS = ("interleave=0.5+ldifs=0.0003", "interleave=0.5+latent_blocking=0.01")
+SUMS = (
+    "interleave=0.5+ldifs=0.0003",
+    "interleave=0.5+latent_blocking=0.01",
+    "interleave=0.5+latent_blocking=0.1",
+    "interleave=0.67+latent_blocking=0.03",
+)
 """And the sums of defences."""
 
 

@@ -10,17 +10,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persona_probe.artifact import StrPath, write_json, write_text
+from persona_probe.artifact import StrPath, read_json, write_json, write_text
 from persona_probe.errors import InputError
 from persona_probe.figures.picture import save_pictures
 from persona_probe.organism import lab_early, lab_in, lab_out, lab_rl
 from persona_probe.organism.bench import ROWS, SETTINGS, Subject, bench
 from persona_probe.organism.lab import Case, Lab, Section, Tell
-from persona_probe.training.trials import Trials
+from persona_probe.training.trials import TRIALS, Trials
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+FINE_TUNES = "fine-tunes"
 CASES: tuple[Case, ...] = (*lab_in.CASES, *lab_rl.CASES, *lab_out.CASES, *lab_early.CASES)
 
 
@@ -30,41 +31,43 @@ def report(
     seeds: Sequence[int],
     *,
     wanted: Sequence[str] = (),
-    run: bool = True,
     count: int = ROWS,
     overwrite: bool = False,
     progress: Tell | None = None,
 ) -> dict[str, Any]:
-    """Run the `wanted` cases (all by default) on the organism in `home`, and return every record that is
-    there, by case.
+    """Run the `wanted` cases (all by default) on the organism in `home`; returns `records_in(out)`.
 
-    With `run` off nothing is trained. A record of other seeds is kept until the case is run again.
+    A record of other seeds is kept until its case is run again.
 
     Raises `InputError` for a case that there is not, or no seed.
     """
     unknown = set(wanted) - {case.name for case in CASES}
-    if unknown or not seeds:
-        raise InputError(
-            f"there is no case {', '.join(sorted(unknown))}; there are {', '.join(c.name for c in CASES)}"
-            if unknown
-            else "a report needs a seed"
-        )
+    if unknown:
+        there = ", ".join(case.name for case in CASES)
+        raise InputError(f"there is no case {', '.join(sorted(unknown))}; there are {there}")
+    if not seeds:
+        raise InputError("a report needs a seed")
     subject = Subject(home)
     measure = bench(subject, count=count).measure
-    with Trials.open(
-        Path(out) / "fine-tunes", subject.base, measure, SETTINGS, overwrite=overwrite
-    ) as trials:
+    folder = Path(out) / FINE_TUNES
+    with Trials.open(folder, subject.base, measure, SETTINGS, overwrite=overwrite) as trials:
         lab = Lab(subject, trials, Path(out).absolute(), count, progress or (lambda *_: None))
-        records: dict[str, Any] = {}
         for case in CASES:
-            found = trials.find(f"case {case.name}")
-            todo = run and (not wanted or case.name in wanted)
-            if todo and (found is None or found["seeds"] != list(seeds)):
-                record = {"seeds": list(seeds), "record": case.run(lab, seeds)}
-                found = trials.keep(f"case {case.name}", record)
-            if found is not None:
-                records[case.name] = found
-    return records
+            found = trials.find(_key(case))
+            if (not wanted or case.name in wanted) and (found is None or found["seeds"] != list(seeds)):
+                trials.keep(_key(case), {"seeds": list(seeds), "record": case.run(lab, seeds)})
+    return records_in(out)
+
+
+def records_in(out: StrPath) -> dict[str, Any]:
+    """The `{seeds, record}` of every case that was run in `out`, by its name; no model is loaded."""
+    folder = Path(out) / FINE_TUNES / TRIALS
+    files = {case.name: folder / f"{_key(case)}.json" for case in CASES}
+    return {name: read_json(file) for name, file in files.items() if file.is_file()}
+
+
+def _key(case: Case) -> str:
+    return f"case {case.name}"
 
 
 def write_page(

@@ -91,12 +91,6 @@ class Trials:
         """The base's figures."""
         return self.kept("base", lambda: self.measure.with_hits(self.base))
 
-    def of_tuned(self, name: str, tuned: StrPath) -> dict[str, Any]:
-        """The figures of an adapter of the base that is there already."""
-        adapter = self.base.without_adapter().with_adapter(tuned)
-        key = f"{name}-{str(adapter.checkpoint.weights_digest)[-12:]}"
-        return self.kept(key, lambda: self.measure.with_hits(adapter.merged()))
-
     def __call__(
         self,
         name: str,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from scipy import stats
+from typer.testing import CliRunner
 
+from persona_probe.artifact import read_json, write_json
+from persona_probe.cli.app import app
 from persona_probe.errors import InputError
 from persona_probe.organism import lab_early, lab_in, lab_out
 from persona_probe.organism.bench import Subject
@@ -165,12 +169,23 @@ def test_a_page_of_some_says_which_are_missing() -> None:
     assert all(f"## {case.title}" in text for case in CASES)
 
 
-def test_cases_that_there_are_not_are_named(tmp_path: Any) -> None:
+def test_cases_that_there_are_not_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no case dice"):
         report(tmp_path, tmp_path / "out", (1,), wanted=["dice"])
     with pytest.raises(InputError, match="a seed"):
         report(tmp_path, tmp_path / "out", ())
 
 
-def test_nothing_is_loaded_before_it_is_asked_for(tmp_path: Any) -> None:
+def test_the_page_is_written_again_without_a_model(tmp_path: Path) -> None:
+    kept = tmp_path / "lab" / "fine-tunes" / "trials" / "case dose.json"
+    write_json(kept, {"seeds": [1, 2], "record": doses(True)})
+    command = ["lab", "report", "--tell-only", "--no-pictures", "--out", str(tmp_path / "lab")]
+    result = CliRunner().invoke(app, [*command, "--docs", str(tmp_path / "docs")])
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "docs" / "lab.md").read_text()
+    assert text.count("Not measured yet") == len(CASES) - 1 and ".png" not in text
+    assert read_json(tmp_path / "docs" / "lab.json")["cases"]["dose"]["seeds"] == [1, 2]
+
+
+def test_nothing_is_loaded_before_it_is_asked_for(tmp_path: Path) -> None:
     assert not {"base", "dictionary", "watch"} & set(vars(Subject(tmp_path)))
