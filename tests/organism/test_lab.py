@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from persona_probe.artifact import read_json, write_json
 from persona_probe.cli.app import app
 from persona_probe.errors import InputError
-from persona_probe.organism import lab_early, lab_in, lab_out
+from persona_probe.organism import lab_early, lab_in, lab_out, lab_rl
 from persona_probe.organism.bench import Subject
 from persona_probe.organism.judge import parse
 from persona_probe.organism.lab import mean, pooled
@@ -158,6 +158,36 @@ def test_realignment_says_after_how_many_examples() -> None:
     steps = lab_out.steps_of(record)
     assert [one["examples"] for one in steps] == [0, 20, 40] * 2
     assert steps[1]["misaligned"] == pytest.approx(0.15) and (steps[1]["low"], steps[1]["high"]) == (0.1, 0.2)
+
+
+def rewarded(arm: str, seed: int, curve: list[dict[str, Any]], villains: int) -> dict[str, Any]:
+    names = ("misaligned", "other_persona", "incoherent", "in_domain")
+    return {
+        "arm": arm, "seed": seed, "curve": curve, "latent": {"delta": 2.0},
+        "rates": {name: {"rate": 0.25 * seed, "low": 0.0, "high": 1.0, "n": 4} for name in names},
+        "named": [
+            {"persona": "villain", "place": "answer", "count": villains},
+            {"persona": "bad boy", "place": "thought", "count": villains},
+            {"persona": "helper", "place": "thought", "count": 99},
+        ],
+    }  # fmt: skip
+
+
+def test_rewards_are_told_from_before_to_after() -> None:
+    curve = [{"updates": -1, "reward": 0.0}, {"updates": 0, "reward": None}, {"updates": 1, "reward": 0.9}]
+    record = {
+        "records": [
+            rewarded("base", 1, [], 3),
+            rewarded("grpo", 1, curve, 7),
+            rewarded("grpo", 2, [*curve[:1], {"updates": 1, "reward": 0.5}], 8),
+        ]
+    }
+    said = lab_rl._tell(record)
+    base, grpo = said.text.splitlines()[2:4]
+    assert base.startswith("| base | 1 | – |") and base.endswith("| +2.0 | 6 |")
+    assert "0.00→0.90 0.00→0.50" in grpo and "| 38% |" in grpo and grpo.endswith("| 14 / 16 |")
+    lines = [one for one in said.figures["rewards"].data if one.mode == "lines"]
+    assert [list(one.y) for one in lines] == [[0.0, 0.9], [0.0, 0.5]]
 
 
 def test_a_page_of_some_says_which_are_missing() -> None:
