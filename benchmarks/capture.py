@@ -66,7 +66,7 @@ class Workload:
 
 
 def run(quick: bool) -> list[Figure]:
-    """The figures; `quick` reads a tenth."""
+    """The figures; `quick` reads a fifth or less."""
     return [*speed(quick), *memory(quick), *processes(quick), *exactness()]
 
 
@@ -97,7 +97,7 @@ def threshold(lm: LanguageModel, chats: Sequence[Rendered], site: str, encoder: 
 
 def speed(quick: bool) -> list[Figure]:
     """Wall time of the contenders, who take turns."""
-    work = workload(20 if quick else 160)
+    work = workload(8 if quick else 40)
     contenders = {
         "persona_probe": lambda: ours(work),
         "persona_probe, a pair": lambda: pair(work),
@@ -112,7 +112,7 @@ def speed(quick: bool) -> list[Figure]:
         apart = float((contenders[name]() - expected).norm() / expected.norm())
         if apart > 1e-3:
             raise RuntimeError(f"{name} comes to other means than the usual recipe: {apart:.2g} apart")
-    seconds = medians(contenders, repeats=1 if quick else 5)
+    seconds = medians(contenders, repeats=1 if quick else 3)
     own = seconds["persona_probe"]
 
     def against(name: str, bar: float | None) -> Figure:
@@ -227,7 +227,7 @@ def memory(quick: bool) -> list[Figure]:
 
 def processes(quick: bool) -> list[Figure]:
     """The work of one process, and of each of two that share the shards."""
-    tokens = 100_000 if quick else 400_000
+    tokens = 50_000 if quick else 200_000
     with tempfile.TemporaryDirectory() as folder:
         alone = _child("_share", 0, 1, tokens, f"{folder}/one").wait_for()
         both = [_child("_share", i, 2, tokens, f"{folder}/two") for i in range(2)]

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from persona_probe.cli.capture import TooLong
 from persona_probe.cli.console import err, out, show_error, show_json, size
-from persona_probe.cli.reading import engine_of, open_out, progress_bar, read_texts
+from persona_probe.cli.reading import SHARE_DONE, alone, engine_of, open_out, progress_bar, read_texts
 from persona_probe.errors import InputError
 
 
@@ -140,10 +140,11 @@ def diff(
     with progress_bar(as_json) as told:
         found = job.run(folder, told)
     if found is None:
-        out.print(f"share {share} is done; the process that finishes last writes the results", markup=False)
+        out.print(SHARE_DONE.format(share), markup=False)
         return
-    for site, one in found.items():
-        one.save(folder / site, overwrite=True)
+    with alone(folder):
+        for site, one in found.items():
+            one.save(folder / site, overwrite=True)
     if as_json:
         show_json({site: {**d.summary(), "top": d.top(top).to_dicts()} for site, d in found.items()})
     else:
@@ -203,7 +204,11 @@ def _of_pair(
     from persona_probe.diffing.room import room_beside, settle
     from persona_probe.diffing.shards import cut, shard_tokens
     from persona_probe.execution import Results, run_local
+    from persona_probe.sae.load import check_fits
 
+    device = holder[0].device
+    for one in dictionaries:
+        check_fits(one, holder[0])
     room = room_beside(holder[0], [tuned, *benign])
     here = how["engine"] is run_local
     # how much the machines of a cluster have free is not known here
@@ -222,16 +227,18 @@ def _of_pair(
     def run(folder: Path, told: Any) -> Any:
         beside = settle(folder / "passes.json", together, fixed=one_by_one is not None)
         if not beside and one_by_one is None:
-            show_error(
-                f"the other models need {size(room.needed)} beside the base, and {size(room.free or 0)} are "
-                "free: they are read one after the other, to the same figures (--together reads them at once)"
+            why = (
+                "as this run began"
+                if together
+                else f"beside the base they need {size(room.needed)}, and {size(room.free or 0)} are free"
             )
-        # no ** here: it would keep a second reference to the base for as long as the call takes
+            show_error(f"models are read one after the other, to the same figures ({why})")
+        root = holder[0] if here and beside else base
+        holder.clear()
         return diff_by_shards(
-            holder.pop(), tuned, dictionaries, texts.rendered, texts.clusters, Results(folder / "shards"),
-            benign=benign, together=beside, by_path=None if here and beside else base, answers=texts.answers,
-            mask=texts.mask, batch_tokens=batch_tokens, dtype=dtype, progress=told,
-            sae_device=how["sae_device"], share=how["share"], engine=how["engine"],
+            root, tuned, dictionaries, texts.rendered, texts.clusters, Results(folder / "shards"),
+            benign=benign, together=beside, answers=texts.answers, mask=texts.mask,
+            batch_tokens=batch_tokens, device=device, dtype=dtype, progress=told, **how,
         )  # fmt: skip
 
     settings: dict[str, object] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from persona_probe.errors import InputError, MismatchError
 
 SETTINGS = "settings.json"
 ENGINES = ("local", "ray")
+SHARE_DONE = "share {} is done; the process that finishes last writes the results"
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,14 @@ def open_out(folder: Path, settings: dict[str, object], overwrite: bool) -> Path
         )
     write_json(file, wanted)
     return folder
+
+
+@contextmanager
+def alone(folder: Path) -> Generator[None, None, None]:
+    """Hold `folder` while results are saved: two processes may finish at the same moment."""
+    with (folder / ".saving").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def engine_of(name: str, address: str | None, actors: int | None) -> Any:

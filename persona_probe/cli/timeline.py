@@ -11,7 +11,7 @@ from rich.table import Table
 
 from persona_probe.cli.capture import TooLong
 from persona_probe.cli.console import err, out, show_error, show_json
-from persona_probe.cli.reading import engine_of, open_out, progress_bar, read_texts
+from persona_probe.cli.reading import SHARE_DONE, alone, engine_of, open_out, progress_bar, read_texts
 from persona_probe.errors import InputError
 
 SHOWN_POINTS = 8
@@ -89,7 +89,7 @@ def timeline(
             raise InputError("two of --checkpoints have the same name", fix="rename one of the folders")
     if not (sae or fix):
         raise InputError("nothing to follow", fix="give --sae, or --with a fix whose directions are followed")
-    from persona_probe.diffing.timeline import points_of
+    from persona_probe.diffing.timeline import UnfinishedError, points_of
     from persona_probe.diffing.timeline import timeline as follow
     from persona_probe.execution import read_share
     from persona_probe.model.language_model import load_model
@@ -119,13 +119,18 @@ def timeline(
         "max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens, "device": device, "dtype": dtype,
     }  # fmt: skip
     folder = open_out(out_dir or Path("out") / f"timeline-{name}", settings, overwrite)
-    with progress_bar(as_json) as told:
-        found = follow(
-            base, sources, dictionaries, texts.rendered, texts.clusters, directions=directions,
-            benign=harmless, mask=texts.mask, batch_tokens=batch_tokens, device=device or "auto",
-            dtype=dtype, cache=folder / "shards", share=share, engine=run, progress=told,
-        )  # type: ignore[arg-type]  # fmt: skip
-    found.save(folder / "timeline", overwrite=True)
+    try:
+        with progress_bar(as_json) as told:
+            found = follow(
+                base, sources, dictionaries, texts.rendered, texts.clusters, directions=directions,
+                benign=harmless, mask=texts.mask, batch_tokens=batch_tokens, device=device or "auto",
+                dtype=dtype, cache=folder / "shards", share=share, engine=run, progress=told,
+            )  # type: ignore[arg-type]  # fmt: skip
+    except UnfinishedError:
+        out.print(SHARE_DONE.format(share), markup=False)
+        return
+    with alone(folder):
+        found.save(folder / "timeline", overwrite=True)
     if as_json:
         tables = {"top": found.top(top), "first": found.first().head(top) if harmless else None}
         tables["shared"] = None if found.points[0].step is not None else found.shared()

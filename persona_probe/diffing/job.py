@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
+
 from persona_probe.activations.masks import TokenMask
 from persona_probe.activations.store import ActivationStore
 from persona_probe.diffing.diff import Differences, check_sites
 from persona_probe.diffing.latent_diff import LatentDiff
 from persona_probe.diffing.passes import Engine, Reading, Source, name_of, pass_of, pass_of_store
 from persona_probe.diffing.stored import StoredConversations, check_store
+from persona_probe.errors import InputError
 from persona_probe.execution import Results, Share, run_local
 from persona_probe.model.chat import Rendered
 from persona_probe.model.language_model import LanguageModel
@@ -23,7 +26,7 @@ from persona_probe.sae.validity import Limits
 
 
 def diff_by_shards(
-    base: LanguageModel,
+    base: Source,
     tuned: Source,
     dictionaries: Sequence[Dictionary],
     rendered: Sequence[Rendered],
@@ -32,12 +35,12 @@ def diff_by_shards(
     *,
     benign: Sequence[Source] = (),
     together: bool = True,
-    by_path: Source | None = None,
     answers: str = "base",
     mask: TokenMask | None = None,
     confidence: float = 0.95,
     limits: Limits | None = None,
     batch_tokens: int | None = None,
+    device: torch.device | None = None,
     dtype: str | None = None,
     sae_device: str | None = None,
     share: Share | None = None,
@@ -48,9 +51,9 @@ def diff_by_shards(
 
     Args:
         results: where each shard's sums are kept; the same folder for every process.
+        base: its folder, where passes load it themselves (in other processes, or one after the other);
+            then that dictionaries fit it is checked when they do, and `device` must be given.
         together: read all models in one pass; else each in one of its own.
-        by_path: the base's folder, where passes load it themselves (other processes, or one after
-            another).
         sae_device: where dictionaries encode; by default where the models are.
         share, engine: see `persona_probe.execution`.
         progress: told what is read, and the conversations read and to read.
@@ -59,18 +62,18 @@ def diff_by_shards(
     fails its shard, which `missing` of the result names.
     """
     check_sites(dictionaries)
-    for one in dictionaries:
-        check_fits(one, base)
+    if isinstance(base, LanguageModel):
+        device = base.device
+        for one in dictionaries:
+            check_fits(one, base)
+    if device is None:
+        raise InputError("a base that comes by its folder needs a device", fix='device=torch.device("cpu")')
     sites = {one.site: one for one in dictionaries}
     mask = mask or TokenMask("answer")
-    root: Source = by_path or base
-    models: list[Source] = [root, tuned, *benign]
+    models: list[Source] = [base, tuned, *benign]
     groups = [models] if together else [[model] for model in models]
-    passes = [
-        pass_of(root, group, sites, mask, batch_tokens, base.device, dtype, sae_device) for group in groups
-    ]
+    passes = [pass_of(base, group, sites, mask, batch_tokens, device, dtype, sae_device) for group in groups]
     names = tuple(map(name_of, models))
-    del base
     reading = Reading(passes, rendered, clusters, results)
     return _results(
         reading,

@@ -94,7 +94,7 @@ class Opening:
     sae_device: str | None = None
 
     def __call__(self) -> Worker:
-        gc.collect()  # a loaded model is in reference cycles: the one that was read before goes only now
+        gc.collect()  # what was read before must be gone, in whatever cycles it stands
         models: list[LanguageModel] = []
         for source in self.models:
             beside = models[0] if models else self.base

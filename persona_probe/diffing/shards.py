@@ -11,14 +11,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Int
 from safetensors.torch import load, save
 from torch import Tensor
 
-from persona_probe.activations.documents import Conversations, place_of
+from persona_probe.activations.documents import place_of
 from persona_probe.activations.masks import TokenMask
 from persona_probe.activations.stream import Chunk, batch_tokens_for, stream
 from persona_probe.diffing.cluster_sums import ClusterSums, Counting
@@ -69,9 +69,8 @@ def cut(data: Sequence[Sized], clusters: Sequence[str] | None, tokens: int) -> l
     """
     if not len(data):
         raise InputError("nothing to read: give at least one conversation")
-    lengths: Sequence[int] = (
-        data.lengths.tolist() if isinstance(data, Conversations) else [len(one) for one in data]
-    )
+    known: Any = getattr(data, "lengths", None)  # of data that is longer than memory
+    lengths: Sequence[int] = [len(one) for one in data] if known is None else known.tolist()
     if clusters is None:
         members: Sequence[Sequence[int]] = [range(i, i + 1) for i in range(len(data))]
     else:

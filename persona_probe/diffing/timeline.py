@@ -33,6 +33,10 @@ from persona_probe.model.language_model import LanguageModel, load_model
 from persona_probe.sae.load import Dictionary, check_fits
 
 
+class UnfinishedError(InputError):
+    """This process's share is done, and others have shards to do."""
+
+
 def timeline(
     base: Source,
     checkpoints: StrPath | Mapping[int, Source] | Mapping[str, Source],
@@ -69,7 +73,8 @@ def timeline(
 
     Raises:
         MismatchError: models, dictionary and conversations that do not belong together.
-        InputError: nothing to read or to follow, no checkpoint, or shards that others have yet to do.
+        InputError: nothing to read or to follow, no checkpoint.
+        UnfinishedError: others have shards to do.
     """
     points = points_of(checkpoints)
     dictionaries = [sae] if isinstance(sae, Dictionary) else list(sae)
@@ -95,7 +100,7 @@ def timeline(
         reading.check_any()
         left = reading.undone - len(reading.missing)
         if left:
-            raise InputError(
+            raise UnfinishedError(
                 f"{left} shards are still to be read, by other processes",
                 fix="when they are done, run this once more: it will only put the results together",
             )
