@@ -7,7 +7,7 @@ keeps what it keeps: examples of every quantile, histogram, sources, what fires 
 The floor is the bare truncated forward pass: token ids rendered beforehand, the same batches, the same
 hook, nothing done with the activations. The usual recipe is TransformerLens's cache of one hook, sixteen
 documents at a time, the whole dictionary encoded, and every activation of the latent kept to sort at the end.
-Each contender runs once, for about a minute, in a process of its own, which also tells the peak of its memory.
+Each contender runs once, for about a minute, in a process of its own, which also tells its peak of memory.
 """
 
 from __future__ import annotations
