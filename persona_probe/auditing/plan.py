@@ -8,6 +8,7 @@ depends on the machine, on the model, and on how long its answers are.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
 from time import perf_counter
 from typing import Any
 
@@ -69,8 +70,8 @@ def plan_of(
         "answers drawn at once": rows,
         "weights (bytes)": weights if shared else 2 * weights,
         "a batch of answers (bytes), at most": rows * row,
-        "seconds of this machine, about": round(BESIDE * total * seconds),
-        "seconds without finding a trait, about": round(BESIDE * 3 * each * seconds),
+        "seconds of this machine, about": ceil(BESIDE * total * seconds),
+        "seconds without finding a trait, about": ceil(BESIDE * 3 * each * seconds),
     }
 
 
