@@ -45,7 +45,7 @@ LABELS = ("kind", "character")
 
 def run(quick: bool) -> list[Figure]:
     """The figures; `quick` reads a twentieth."""
-    most, few = (50_000, 10_000) if quick else (1_000_000, 100_000)
+    most, few = (50_000, 10_000) if quick else (1_000_000, 50_000)
     with tempfile.TemporaryDirectory() as folder:
         many, some = (corpus(Path(folder) / f"{n}.jsonl", n) for n in (most, few))
         read = {name: child(name, many) for name in ("floor", "ours")}
