@@ -64,6 +64,8 @@ SUMS = (
     "interleave=0.67+latent_blocking=0.03",
 )
 """And the sums of defences."""
+CHOSEN_SUMS = ("interleave=0.67+latent_blocking=0.03",)
+"""What it chose of them: the first that held on calibration questions."""
 
 
 def arms(subject: Subject, wanted: Sequence[str] = ()) -> dict[str, list[Defence]]:

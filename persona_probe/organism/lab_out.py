@@ -9,7 +9,7 @@ from typing import Any
 from persona_probe.figures import dose_response
 from persona_probe.figures.pareto import pareto
 from persona_probe.organism.bench import bench, benign_lesson, lesson
-from persona_probe.organism.defended import STRENGTHS, SUMS, arms, defence_of, swept
+from persona_probe.organism.defended import CHOSEN_SUMS, STRENGTHS, arms, defence_of, swept
 from persona_probe.organism.lab import Case, Lab, Section, mean, percent, rate, table
 from persona_probe.training.compare import BROKEN, EXCESS, LEARNT, NONE, chosen, compare
 from persona_probe.training.realign import SETTINGS, realign
@@ -72,7 +72,7 @@ def _strength(spec: str | None) -> float | None:
 
 def _defences(lab: Lab, seeds: Sequence[int]) -> dict[str, Any]:
     common = bench(lab.subject, count=lab.count)
-    made = arms(lab.subject, (*STRENGTHS, *SUMS))
+    made = arms(lab.subject, (*STRENGTHS, *CHOSEN_SUMS))
     found = compare(common, made, lab.out / "defences", seeds=seeds, progress=lab.progress)
     few = [f"{name}={PUBLISHED_SHARE}" for name in ("interleave", "interleave_by_gap")]
     pair = compare(
