@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from persona_probe.evaluation.settings import Sampling
     from persona_probe.model.language_model import LanguageModel
     from persona_probe.screening.dosing import DoseResponse
+    from persona_probe.steering.intervention import Intervention
     from persona_probe.steering.intervention import Unit
 
 
@@ -118,7 +119,7 @@ def calibrate(
     strengths, places = numbers_of(gains or usual.gains, "--gains"), positions.split(",")
     asked = asked_of(questions, base, tuned, limit, tune)
     sampling = Sampling(temperature=temperature, samples=samples, max_new_tokens=max_new_tokens, seed=seed)
-    edits = load_fix(fix) if fix is not None else ()
+    edits: tuple[Intervention, ...] = () if fix is None else load_fix(fix)
     if len(edits) > 1:
         raise InputError(f"{fix} holds {len(edits)} edits; one is calibrated at a time")
     aim = aims_of([latent])[0] if latent is not None else None

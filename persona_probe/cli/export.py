@@ -56,7 +56,7 @@ def export(
         _show(_planned(lm, edits), as_json)
         return
     folder = out_dir or Path("out") / f"export-{lm.name}"
-    settings = {
+    settings: dict[str, object] = {
         "model": lm.checkpoint.digest,
         "fix": None if fix is None else digest_folder(fix),
         "project_out": project_out,
