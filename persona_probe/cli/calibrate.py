@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from persona_probe.evaluation.settings import Sampling
     from persona_probe.model.language_model import LanguageModel
     from persona_probe.screening.dosing import DoseResponse
-    from persona_probe.steering.intervention import Intervention
-    from persona_probe.steering.intervention import Unit
+    from persona_probe.steering.intervention import Intervention, Unit
 
 
 class _Usual(NamedTuple):
