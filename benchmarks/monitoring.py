@@ -6,6 +6,8 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from benchmarks.figure import Figure
 from persona_probe.artifact import shipped
 from persona_probe.organism.bench import SETTINGS, Subject, lesson
@@ -17,6 +19,7 @@ MOST = 0.05
 
 
 def run(quick: bool) -> list[Figure]:
+    torch.set_num_threads(1)  # a share of the run that it is part of: more threads change both alike
     subject = Subject(shipped("organism"))
     watch = subject.watch
     settings = replace(SETTINGS, steps=EVERY if quick else 3 * EVERY)
