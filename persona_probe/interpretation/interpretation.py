@@ -89,9 +89,9 @@ class Interpretation:
 
     def warnings(self) -> list[str]:
         """What of the corpus could not be used, with places."""
-        found = [f"{self.left_out:,} rows are no documents; the first: {self.problems[0]}"] * bool(
-            self.left_out
-        )
+        found: list[str] = []
+        if self.left_out:
+            found.append(f"{self.left_out:,} rows are no documents; the first: {self.problems[0]}")
         without = self.unlabelled.items()
         return found + [f"{n:,} documents have no {name!r}: in no group of it" for name, n in without if n]
 

@@ -117,6 +117,7 @@ def test_latents_read_together_are_those_read_alone(persona: tuple[LanguageModel
 
 def test_it_is_saved_whole(found: Interpretation, tmp_path: Path) -> None:
     found.save(tmp_path / "saved")
+    assert found.warnings() == []
     record = read_json(tmp_path / "saved" / "interpretation.json")
     assert record["fires"] == found.fires and record["terms"] == list(found.lexicon.terms)
     assert len(pl.read_parquet(tmp_path / "saved" / "terms.parquet")) == len(found.lexicon.table)
