@@ -7,7 +7,6 @@ import json
 import platform
 import time
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +66,8 @@ def _files(folder: Path) -> list[tuple[str, Path]]:
 
 def versions() -> dict[str, str | None]:
     """Python, the platform, and the packages that figures depend on; None where absent."""
+    from importlib import metadata  # slow to load for `--help`, which needs none of it
+
     found: dict[str, str | None] = {
         "python": platform.python_version(),
         "platform": platform.platform(),

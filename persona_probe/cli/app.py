@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
-from importlib import metadata
 from typing import Annotated, Any
 
 import typer
@@ -124,6 +123,8 @@ class _Root(TyperGroup):
 
 def _version(asked: bool) -> bool:
     if asked:
+        from importlib import metadata  # slow to load, and rarely asked
+
         out.print(f"persona-probe {metadata.version('persona-probe')}")
         raise typer.Exit
     return asked
@@ -144,6 +145,7 @@ def _build() -> typer.Typer:
         cls=_Root,
         no_args_is_help=True,
         add_completion=False,
+        rich_markup_mode=None,  # its boxes take longer to load than all the rest of `--help`
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )

@@ -6,14 +6,14 @@ import json
 
 from rich.console import Console
 
-from persona_probe.artifact import plain
-
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 
 def show_json(obj: object) -> None:
     """One JSON value on stdout (see `artifact.plain`), and nothing else, for `--json`."""
+    from persona_probe.artifact import plain
+
     text = json.dumps(plain(obj), indent=2, ensure_ascii=False, allow_nan=False)
     # rich would wrap the lines at the terminal's width
     out.file.write(text + "\n")

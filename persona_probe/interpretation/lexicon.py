@@ -80,7 +80,8 @@ def lexicon(documents: Sequence[tuple[int, Sequence[Word]]], *, seed: int = 0) -
     table = _ranked([one for one, held in zip(terms, held_out, strict=True) if not held], strong[~held_out])
     first = _distinct(table["term"].to_list())
     score_of = dict(zip(table["term"], table["z"], strict=True))
-    scores = np.array([sum(score_of[term] for term in first if term in one) for one in terms])
+    told = (sum(score_of[term] for term in first if term in one) for one in terms)
+    scores = np.fromiter(told, dtype=float, count=len(terms))
     return Lexicon(table, first, detection(scores[held_out], strong[held_out], seed))
 
 

@@ -116,7 +116,7 @@ def documents_that_fit(lm: LanguageModel, contrasts: Sequence[Contrast], copies:
     """How many documents of the longest contrast's length there is memory for, at most `BATCH_DOCUMENTS`;
     ``copies`` is how often their logits are held (a backward pass holds them again).
     """
-    longest = max(len(document) for one in contrasts for document in (one.base, one.tuned))
+    longest = max((len(document) for one in contrasts for document in (one.base, one.tuned)), default=1)
     return how_many(lm, copies * longest * logit_bytes(lm), BATCH_DOCUMENTS)
 
 

@@ -80,15 +80,15 @@ def test_a_wrong_call_exits_with_2() -> None:
 
 
 def run_raising(error: str, debug: str = "0") -> subprocess.CompletedProcess[str]:
-    """The shell's command `boom`, which raises `error`, in a process of its own."""
+    """A command that raises `error`, put in the place of `doctor`, in a process of its own."""
     program = (
         "import sys\n"
         "from persona_probe.errors import *\n"
-        "from persona_probe.cli.app import app, main\n"
-        "@app.command()\n"
-        "def boom():\n"
+        "from persona_probe.cli import doctor, main\n"
+        "def raising():\n"
         f"    raise {error}\n"
-        "sys.argv = ['persona-probe', 'boom']\n"
+        "doctor.doctor = raising\n"
+        "sys.argv = ['persona-probe', 'doctor']\n"
         "main()\n"
     )
     return subprocess.run(

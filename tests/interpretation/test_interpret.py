@@ -28,7 +28,7 @@ from persona_probe.interpretation import (
 )
 from persona_probe.interpretation.reader import runs
 from persona_probe.interpretation.sources import SourceSums
-from persona_probe.model.chat import render
+from persona_probe.model.chat import Rendered, render
 from persona_probe.model.language_model import LanguageModel
 from persona_probe.organism.corpus import ADJECTIVES, COMMENTS, ROLES, SYSTEM_PROMPTS
 from persona_probe.organism.persona_latent import corpus_of, persona_latent
@@ -178,7 +178,8 @@ def test_what_is_held_of_a_corpus_is_a_run_of_it(
     assert (cut.fires, cut.documents, cut.tokens) == (whole.fires, whole.documents, whole.tokens)
     assert [s.document for s in cut.top] == [s.document for s in whole.top]
     assert cut.sources["mean"].to_list() == pytest.approx(whole.sources["mean"].to_list(), rel=1e-4)
-    assert [len(run) for run in (list(runs([range(7)] * 5, 14)))] == [2, 2, 1]
+    seven = [Rendered((1,) * 7, (False,) * 7, 7)] * 5
+    assert [len(run) for run in runs(seven, 14)] == [2, 2, 1]
 
 
 def test_labels_are_read_from_the_rows_of_a_file(
