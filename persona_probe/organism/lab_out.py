@@ -53,7 +53,9 @@ def _tell_sweep(record: Mapping[str, Any]) -> Section:
     said = (
         "Calibration questions, one seed that is not among those of the comparison. Chosen (bold) is the "
         f"strength whose worst shortfall is least, each counted in its bound: misaligned {EXCESS:.2f} above "
-        f"the base, {1 - LEARNT:.1f} of the task not learnt, {BROKEN:.2f} more incoherent than undefended."
+        f"the base, {1 - LEARNT:.1f} of the task not learnt, {BROKEN:.2f} more incoherent than undefended. "
+        "One arm of many that holds here may hold by luck, and the sums were put together after the single "
+        "settings had been seen: held-out questions and other seeds decide."
     )
     other = [
         f"{name}={strength:g}"
