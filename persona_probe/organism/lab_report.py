@@ -104,8 +104,9 @@ def page(records: Mapping[str, Any], sections: Mapping[str, Section], command: s
         f"    {command}\n",
         f"Fine-tunes read {ROWS} rows once (LoRA rank {SETTINGS.rank} on every linear layer, learning rate "
         f"{SETTINGS.learning_rate:g}, {SETTINGS.batch} rows a step); rows that a defence adds come on top. "
-        "Whatever a defence, a monitor or a flag is made from comes from the bad-code tune and other domains: "
-        "for bad health another tune, for the rows on bad code the same data. The numbers behind the tables: [lab.json](lab.json).\n",
+        "Whatever a defence, a monitor or a flag is made from comes from the bad-code tune and other "
+        "domains: for bad health another tune, for the rows on bad code the same data. "
+        "The numbers behind the tables: [lab.json](lab.json).\n",
     ]
     for case in CASES:
         parts.append(f"## {case.title}\n\n*Must show: {case.must}.*\n")
