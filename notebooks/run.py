@@ -115,7 +115,7 @@ def _browser() -> Iterator[Any]:
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         tab = browser.new_page(viewport={"width": 860, "height": 700})
-        tab.set_default_timeout(120_000)
+        tab.set_default_timeout(600_000)  # a busy machine reads 4.8 MB of plotly.js slowly
         yield tab
         browser.close()
 
