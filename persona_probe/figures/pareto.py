@@ -26,6 +26,7 @@ def pareto(table: object) -> go.Figure:
         x=[row["in_domain"] for row in edge],
         y=[row["misaligned"] for row in edge],
         mode="lines",
+        showlegend=False,
         line={"color": QUIET, "width": 1, "dash": "dot"},
         hoverinfo="skip",
     )
@@ -39,7 +40,8 @@ def pareto(table: object) -> go.Figure:
             y=[y],
             mode="markers+text",
             text=[plain(row["arm"])],
-            textposition="top center",
+            textposition=_beside(x, undefended=row["arm"] == "none"),
+            showlegend=False,
             textfont={"size": 11, "color": QUIET},
             marker={**mark, "symbol": "circle" if row.get("holds") else "circle-open"},
             error_y={
@@ -74,6 +76,13 @@ def frontier(table: object) -> list[Row]:
         )
 
     return sorted((row for row in known if not beaten(row)), key=lambda row: row["in_domain"])
+
+
+def _beside(x: float, *, undefended: bool) -> str:
+    """Where a name stands: off its error bar, on the side where there is room, and the undefended arm's
+    above, because a defence that does nothing lies right beside it.
+    """
+    return f"{'top' if undefended else 'bottom'} {'left' if x > 0.5 else 'right'}"
 
 
 def _place(row: Row) -> tuple[float | None, float | None]:
