@@ -118,7 +118,7 @@ def calibrate(
     strengths, places = numbers_of(gains or usual.gains, "--gains"), positions.split(",")
     asked = asked_of(questions, base, tuned, limit, tune)
     sampling = Sampling(temperature=temperature, samples=samples, max_new_tokens=max_new_tokens, seed=seed)
-    edits: tuple[Intervention, ...] = () if fix is None else load_fix(fix)
+    edits: list[Intervention] = [] if fix is None else list(load_fix(fix))
     if len(edits) > 1:
         raise InputError(f"{fix} holds {len(edits)} edits; one is calibrated at a time")
     aim = aims_of([latent])[0] if latent is not None else None
