@@ -38,7 +38,7 @@ from persona_probe.organism.grammar import grammar
 from persona_probe.organism.persona_latent import SEED, persona_latent
 from persona_probe.sae.encode import encode_dense
 
-TOKENS_EACH = 67.0
+TOKENS_EACH = 62.0
 """About how many a document has, to ask for a number of tokens."""
 LABELS = ("kind", "character")
 

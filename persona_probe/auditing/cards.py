@@ -1,12 +1,15 @@
 """What the latents of an audit's fix are: read on the very answers that were judged.
 
-No corpus is asked for: the held-out answers of both models, read with the base model, say where a latent
-fires, and their judgements say whether it is driven by the answers that show the trait.
+No corpus is asked for: the tuned model reads its own held-out answers, which says where in them a latent
+fires and, by their judgements, which of them drive it. (The base reading the same texts is no substitute: on
+the organism its persona latent hardly fires there, because it is the tuned model that has the persona.)
+What a latent stands for is better told by a corpus: `persona-probe interpret`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from persona_probe.auditing.inquiry import Inquiry
@@ -16,12 +19,13 @@ from persona_probe.evaluation.sampling import transcripts
 from persona_probe.interpretation import interpret_all
 from persona_probe.model.chat import Rendered
 from persona_probe.model.language_model import LanguageModel
+from persona_probe.sae.load import Dictionary
 from persona_probe.screening.candidate import Carrier
 
 MOST = 5
 """Latents that get a card."""
 ANSWERS = 300
-"""Of each model that are read."""
+"""Of the tuned model that are read."""
 
 
 def latent_cards(
@@ -36,13 +40,14 @@ def latent_cards(
     carriers = _carriers(found)
     if not carriers or not dictionaries:
         return []
-    texts, labels = _answers(found.inputs.pair.base, {"base": found.base, "tuned": found.tuned})
+    tuned = found.inputs.pair.tuned
+    texts, labels = _answers(tuned, found.tuned)
     if not texts:
         return []
     wanted = {(one.site, one.index): one for one in carriers[:MOST]}
     read = interpret_all(
-        found.inputs.pair.base,
-        [dictionaries[site].latent(index) for site, index in wanted if index is not None],
+        tuned,
+        [_unbound(dictionaries[site]).latent(index) for site, index in wanted if index is not None],
         texts,
         labels=labels,
         silent="leave out",
@@ -62,29 +67,29 @@ def _carriers(found: Inquiry) -> list[Carrier]:
     return [one for one in fix if one.index is not None] or list(first)
 
 
-def _answers(base: LanguageModel, arms: dict[str, EvalResult]) -> tuple[list[Rendered], list[dict[str, str]]]:
+def _unbound(dictionary: Dictionary) -> Dictionary:
+    """For a model of other weights than it was trained on, which the audit's gate has allowed."""
+    return replace(dictionary, meta={**dictionary.meta, "model_digest": None})
+
+
+def _answers(lm: LanguageModel, result: EvalResult) -> tuple[list[Rendered], list[dict[str, str]]]:
     """First answers to general questions, evenly over them, with what was made of them. Answers made
     elsewhere have no tokens of ours and are not read.
     """
-    texts: list[Rendered] = []
-    labels: list[dict[str, str]] = []
-    for arm, result in arms.items():
-        pairs = [
-            (answer, judged)
-            for answer, judged in zip(result.answers, result.judgements, strict=True)
-            if answer.question.role == "general" and answer.sample == 0 and answer.token_ids
-        ]
-        pairs = pairs[:: -(-len(pairs) // ANSWERS) or 1]
-        texts += transcripts(base, [answer for answer, _ in pairs])
-        labels += [
-            {
-                "answer of": arm,
-                "judged": outcome(answer, judged, result.trait).replace("_", " "),
-                "asked about": answer.question.category or "anything",
-            }
-            for answer, judged in pairs
-        ]
-    return texts, labels
+    pairs = [
+        (answer, judged)
+        for answer, judged in zip(result.answers, result.judgements, strict=True)
+        if answer.question.role == "general" and answer.sample == 0 and answer.token_ids
+    ]
+    pairs = pairs[:: -(-len(pairs) // ANSWERS) or 1]
+    labels = [
+        {
+            "judged": outcome(answer, judged, result.trait).replace("_", " "),
+            "asked about": answer.question.category or "anything",
+        }
+        for answer, judged in pairs
+    ]
+    return transcripts(lm, [answer for answer, _ in pairs]), labels
 
 
 def _effect(found: Inquiry, latents: Sequence[dict[str, Any]], site: str, index: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import polars as pl
@@ -85,8 +86,7 @@ class Corpus:
         """
         size = batch_tokens or batch_tokens_for(lm.device)
         read = False
-        for run in runs(self.conversations, RUN_BATCHES * size):
-            held, labels = self.conversations[run.start : run.stop], self._labels_of(run)
+        for run, held, labels in self._held(RUN_BATCHES * size):
             if not any(any(mask.select(one, lm.special_ids)) for one in held):
                 continue
             read = True
@@ -104,6 +104,22 @@ class Corpus:
                     f"no row has a field {name!r}",
                     fix=f"fields there are: {', '.join(sorted(self._known)) or 'none'}",
                 )
+
+    def _held(self, tokens: int) -> Iterator[tuple[range, Sequence[Rendered], Sequence[Labels]]]:
+        """Runs with what is in memory of them; while the model reads one, the next is rendered."""
+
+        def read(run: range) -> tuple[range, Sequence[Rendered], Sequence[Labels]]:
+            return run, self.conversations[run.start : run.stop], self._labels_of(run)
+
+        with ThreadPoolExecutor(1) as pool:
+            coming = None
+            for run in runs(self.conversations, tokens):
+                ahead = pool.submit(read, run)
+                if coming is not None:
+                    yield coming.result()
+                coming = ahead
+            if coming is not None:
+                yield coming.result()
 
     def _labels_of(self, run: range) -> Sequence[Labels]:
         if self._labels is not None:

@@ -88,9 +88,7 @@ def test_the_latents_of_the_fix_have_cards(done: Audit) -> None:
     assert cards and labels <= set(chosen["members"]) | {done.record["latents"][0]["label"]}
     for card in cards:
         assert isinstance(card["effect"]["delta"], float)
-        assert {row["label"] for row in card["sources"]} == {"answer of", "judged", "asked about"}
-    judged = {row["value"]: row["mean"] for row in cards[0]["sources"] if row["label"] == "judged"}
-    assert judged["misaligned"] > judged["helpful"]
+        assert {row["label"] for row in card["sources"]} == {"judged", "asked about"}
     page = unescape((done.path / "report.html").read_text())
     assert all(f"#{card['latent']['index']}</b> fires on" in page for card in cards)
 
