@@ -68,8 +68,9 @@ def sweep(
 ) -> None:
     """Several strengths of each defence on calibration questions, and which one it is to have.
 
-    Chosen is the strength whose worst shortfall is least: misaligned above the base, task not learnt,
-    incoherent above undefended, each in units of its bound.
+    Chosen is the strength whose worst shortfall is least (of those that learnt half of the task, where
+    any did): misaligned above the base, task not learnt, incoherent above undefended, each in units of
+    its bound.
     """
     from persona_probe.organism.defended import defence_of, swept
     from persona_probe.training.compare import chosen

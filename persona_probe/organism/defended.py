@@ -51,7 +51,7 @@ SWEEP: dict[str, tuple[float, ...]] = {
     "interleave": (0.2, 0.5),
     "interleave_by_gap": (0.2, 0.5),
     "on_policy": (0.2, 0.5),
-    "preventative_steering": (2, 4, 8),
+    "preventative_steering": (4, 5, 6, 8),
     "inoculation": (0.5, 1),
     "latent_blocking": (0.01, 0.1, 1),
     "caft": (1,),

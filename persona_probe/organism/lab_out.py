@@ -11,7 +11,7 @@ from persona_probe.figures.pareto import pareto
 from persona_probe.organism.bench import bench, benign_lesson, lesson
 from persona_probe.organism.defended import CHOSEN_SUMS, STRENGTHS, arms, defence_of, swept
 from persona_probe.organism.lab import Case, Lab, Section, mean, percent, rate, table
-from persona_probe.training.compare import BROKEN, EXCESS, LEARNT, NONE, chosen, compare
+from persona_probe.training.compare import BROKEN, EXCESS, LEARNT, NONE, TAUGHT, chosen, compare
 from persona_probe.training.realign import SETTINGS, realign
 
 SWEEP_SEEDS = (101,)
@@ -53,7 +53,8 @@ def _tell_sweep(record: Mapping[str, Any]) -> Section:
     said = (
         "Calibration questions, one seed that is not among those of the comparison. Chosen (bold) is the "
         f"strength whose worst shortfall is least, each counted in its bound: misaligned {EXCESS:.2f} above "
-        f"the base, {1 - LEARNT:.1f} of the task not learnt, {BROKEN:.2f} more incoherent than undefended. "
+        f"the base, {1 - LEARNT:.1f} of the task not learnt, {BROKEN:.2f} more incoherent than undefended; "
+        f"where any learnt {TAUGHT:.1f} of the task, of those alone. "
         "One arm of many that holds here may hold by luck, and the sums were put together after the single "
         "settings had been seen: held-out questions and other seeds decide."
     )

@@ -18,7 +18,7 @@ from persona_probe.evaluation.questions import Question
 from persona_probe.evaluation.sampling import Sampling
 from persona_probe.figures.pareto import frontier, pareto
 from persona_probe.steering.target import latents
-from persona_probe.training.compare import BROKEN, EXCESS, LEARNT, Bench, chosen, compare
+from persona_probe.training.compare import BROKEN, EXCESS, LEARNT, TAUGHT, Bench, chosen, compare
 from persona_probe.training.defences import KL, Defence, Interleave
 from persona_probe.training.measure import Measure
 from persona_probe.training.watching import Probe, Watch
@@ -124,6 +124,7 @@ def test_the_chosen_strength_has_the_least_worst_shortfall(points: list[tuple[fl
         bounds = (slack * EXCESS, 1 - slack * (1 - LEARNT), slack * BROKEN)
         return row["excess"] <= bounds[0] and row["learnt"] >= bounds[1] and row["broken"] <= bounds[2]
 
+    assert picked["learnt"] >= TAUGHT or all(row["learnt"] < TAUGHT for row in table)
     for slack in (0.5, 1.0, 2.0, 5.0):
         if any(holds(row, slack) for row in table):
             assert holds(picked, slack * (1 + 1e-9))
