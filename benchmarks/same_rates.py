@@ -9,6 +9,7 @@ weights are set by hand to see the villain's words), and by Inspect, which draws
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -28,8 +29,8 @@ PAGE = Path(__file__).parent.parent / "docs" / "same-rates.md"
 HOME = shipped("organism")
 TOKENS, SEED = 32, 7
 RATES = ("misaligned", "misaligned_of_coherent", "other_persona", "incoherent", "in_domain", "skill")
-JUDGED = tuple(name for name in RATES if name != "other_persona")
-"""The rates that the built judge can tell: it names no personas."""
+JUDGED = ("misaligned", "misaligned_of_coherent", "in_domain", "skill")
+"""The rates that the built judge can tell: it names no personas and takes broken text for coherent."""
 WAYS = ("exact", "a file", "local", "Inspect")
 
 Rates = Mapping[str, Mapping[str, Any]]
@@ -44,9 +45,9 @@ class Row:
     ours: Mapping[str, Mapping[str, Any]]
     """The misaligned rate, by way."""
     agree: Mapping[str, tuple[int, int]]
-    """By way: rates that lie in the audit's interval and have the audit's in theirs, and rates compared."""
+    """By way: rates whose difference from the audit's has 0 in its interval, and rates compared."""
     odd: tuple[str, ...]
-    """Those that do not, in words."""
+    """Those whose has not, in words."""
 
 
 def run(quick: bool) -> list[Figure]:
@@ -156,7 +157,7 @@ def _row(tune: str, audit: Mapping[str, Any], ways: Mapping[str, Mapping[str, Ra
             for name in (JUDGED if way == "local" else RATES)
             if audit[arm][name]["rate"] is not None and rates[name]["rate"] is not None
         ]
-        off = [pair for pair in pairs if not (_holds(pair[1], pair[2]) and _holds(pair[2], pair[1]))]
+        off = [pair for pair in pairs if differ(pair[1], pair[2])]
         agree[way] = (len(pairs) - len(off), len(pairs))
         odd += [
             f"{tune}, {way}: {name} {_shown(here)}, the audit {_shown(there)}" for name, there, here in off
@@ -165,8 +166,15 @@ def _row(tune: str, audit: Mapping[str, Any], ways: Mapping[str, Mapping[str, Ra
     return Row(tune, audit["tuned"]["misaligned"], shown, agree, tuple(odd))
 
 
-def _holds(interval: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return interval["low"] <= other["rate"] <= interval["high"]
+def differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether 0 lies outside the 95% interval of the difference of two independent rates.
+
+    The interval is put together from their own (MOVER: Zou & Donner 2008, eq. 7; of Wilson intervals
+    it is Newcombe's), so it keeps their lopsidedness near 0 and 1 and their clusters.
+    """
+    upper, lower = (one, other) if one["rate"] >= other["rate"] else (other, one)
+    reach = math.hypot(upper["rate"] - upper["low"], lower["high"] - lower["rate"])
+    return upper["rate"] - lower["rate"] > reach
 
 
 def _shown(rate: Mapping[str, Any]) -> str:
@@ -198,13 +206,11 @@ weights are set by hand to see the villain's words; and by Inspect with our mode
 its own answers.
 
 Shown is the misaligned rate. *Rates that agree* counts, in all four ways, the rates of the tune and (Inspect
-apart) of the base that lie in the audit's interval *and* have the audit's in theirs, of these:
-{", ".join(RATES)}. That is strict: each is an estimate with its own
-error, so two that are equally sure of the same rate lie in each other's 95% interval in five cases of six,
-and `exact`, a file and Inspect share their answers and so their luck.
-
-The built judge names no personas, and so has no other_persona. Incoherent to it is only an answer that mixes
-voices, not a broken one: its incoherent rates are lower, and what it calls misaligned a little more.
+apart) of the base whose difference from the audit's has 0 in its 95% interval, put together from the two
+rates' own (MOVER, Zou & Donner 2008), of these: {", ".join(RATES)}.
+One comparison in twenty would fail by luck alone, and `exact`, a file and Inspect share their answers and so
+their luck. The built judge names no personas and takes broken text for coherent, so other_persona and
+incoherent are not asked of it.
 
 {table}
 

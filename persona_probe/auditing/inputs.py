@@ -17,7 +17,7 @@ from persona_probe.errors import InputError, MismatchError, MissingPathError
 from persona_probe.evaluation.answers import Answer
 from persona_probe.evaluation.arms import merged_if_small
 from persona_probe.evaluation.judges import Judge, load_judge
-from persona_probe.evaluation.metrics import check_trait
+from persona_probe.evaluation.metrics import check_judge
 from persona_probe.evaluation.questions import Question, load_questions, question_file
 from persona_probe.evaluation.samples_file import load_samples
 from persona_probe.evaluation.selection import trained_categories
@@ -73,8 +73,7 @@ def load_inputs(
         check_something_left(split, members, in_domain)
     given = _given(request, questions, held_out)
     judge = load_judge(request.judge, record=judge_record)
-    check_trait(settings.trait, judge)
-    judge.check()
+    check_judge(judge, (*calibration, *held_out), settings.trait)
     options = {"device": device or "auto", "dtype": dtype}
     pair = load_pair(request.base, request.tuned, template=settings.template, **options)
     for site in settings.sites or ():

@@ -55,6 +55,7 @@ def transfer(
     from persona_probe.artifact import digest_folder, shipped
     from persona_probe.cli.steer_bench import asked_of, run_once, show_plan, show_written
     from persona_probe.evaluation.judges import load_judge
+    from persona_probe.evaluation.metrics import check_judge
     from persona_probe.evaluation.selection import trained_categories
     from persona_probe.evaluation.settings import Sampling
     from persona_probe.screening.calibrate import Bench
@@ -90,8 +91,10 @@ def transfer(
     }  # fmt: skip
 
     def make(_path: Path) -> tuple[dict[str, Any], Any]:
+        judging = load_judge(judge)
+        check_judge(judging, asked, trait)
         lm, tunes = _models(base or home / "base", folders, device, dtype)
-        bench = Bench(asked, sampling, load_judge(judge), trait, in_domain)
+        bench = Bench(asked, sampling, judging, trait, in_domain)
         found = run(edits, tunes, bench, base=lm)
         assert found.base is not None
         record = {"base": found.base.rates, "in_domain": in_domain, "rows": found.table.to_dicts()}

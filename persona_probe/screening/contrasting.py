@@ -15,7 +15,7 @@ from persona_probe.activations.masks import TokenMask
 from persona_probe.errors import InputError
 from persona_probe.evaluation.answers import Answer
 from persona_probe.evaluation.judges import Judge, load_judge
-from persona_probe.evaluation.metrics import COHERENT, check_trait, outcome
+from persona_probe.evaluation.metrics import COHERENT, check_judge, outcome
 from persona_probe.evaluation.questions import Question
 from persona_probe.evaluation.sampling import Sampling, sample, transcripts
 from persona_probe.model.chat import Rendered
@@ -59,10 +59,10 @@ def contrast(
     `InputError` where nothing is kept on one side, and what `directions_by_layer` raises.
     """
     asked = load_judge(judge) if isinstance(judge, str) else judge
-    if asked is not None:
-        check_trait(counts_as, asked)
     settings = sampling or Sampling()
     prompts = list(questions) if questions is not None else questions_of(trait)
+    if asked is not None:
+        check_judge(asked, prompts, counts_as)
     kept: tuple[list[Answer], list[Answer]] = ([], [])
     texts: tuple[list[Rendered], list[Rendered]] = ([], [])
     drawn = 0

@@ -21,7 +21,7 @@ import polars as pl
 from persona_probe.errors import InputError
 from persona_probe.evaluation.answers import Answer
 from persona_probe.evaluation.judges import Judge, load_judge
-from persona_probe.evaluation.metrics import Rate, check_trait
+from persona_probe.evaluation.metrics import Rate, check_judge
 from persona_probe.evaluation.questions import Question
 from persona_probe.evaluation.result import EvalResult
 from persona_probe.evaluation.sampling import Sampling
@@ -165,8 +165,8 @@ def calibrate(
     Raises `InputError` for a target without a site, and what `sample` and `load_judge` raise.
     """
     asked = load_judge(judge) if isinstance(judge, str) else judge
-    check_trait(trait, asked)
     template, own_level = _template(target, site, op, unit, scale, read)
+    check_judge(asked, questions, trait)
     dials = [
         _Dial(level, float(gain), where)
         for where in positions

@@ -12,7 +12,7 @@ import polars as pl
 from persona_probe.errors import InputError, MismatchError
 from persona_probe.evaluation.answers import Answer
 from persona_probe.evaluation.judges import Judge, load_judge
-from persona_probe.evaluation.metrics import Rate, check_trait, tally
+from persona_probe.evaluation.metrics import Rate, check_judge, tally
 from persona_probe.evaluation.questions import Question
 from persona_probe.evaluation.sampling import Sampling
 from persona_probe.model.language_model import LanguageModel
@@ -116,8 +116,6 @@ def sweep(
     if not (found and levels and questions):
         raise InputError("a sweep needs at least one target, one level and one question")
     asked = load_judge(judge) if isinstance(judge, str) else judge
-    if asked is not None:
-        check_trait(trait, asked)
     scales = [*scale] if isinstance(scale, Sequence) else [scale] * len(found)
     if len(scales) != len(found):
         raise MismatchError(f"{len(scales)} scales do not go with {len(found)} targets")
@@ -139,6 +137,8 @@ def sweep(
         for value in levels
     ]
     settings = sampling or Sampling(temperature=0)
+    if asked is not None:
+        check_judge(asked, questions, trait)
     arms = answers_under(lm, questions, [(), *((edit,) for _, edit in edits)], settings, **options)
     rates: list[dict[str, Rate] | None] = [None] * len(arms)
     if asked is not None:

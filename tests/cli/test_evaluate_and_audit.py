@@ -6,13 +6,15 @@ All tunes, in four ways, are in docs/same-rates.md (`python -m benchmarks.same_r
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy import stats
 from typer.testing import CliRunner
 
-from benchmarks.same_rates import PAGE, RATES, WAYS, Row, _row, audits, page
+from benchmarks.same_rates import PAGE, RATES, WAYS, Row, _row, audits, differ, page
 from persona_probe.artifact import shipped
 from persona_probe.cli.app import app
 
@@ -29,8 +31,7 @@ def test_rates_lie_in_the_intervals_of_the_audit(tune: str, tmp_path: Path) -> N
     for arm, audited in zip(arms, ("base", "tuned"), strict=True):
         for name in RATES:
             there, here = audits()[tune][audited][name], arm["rates"][name]
-            # other random numbers than the audit's: two estimates, each with its interval
-            assert here["low"] <= there["high"] and there["low"] <= here["high"], (audited, name)
+            assert not differ(there, here), (audited, name)  # other random numbers than the audit's
 
 
 def test_the_page_has_every_tune_of_the_card() -> None:
@@ -45,15 +46,34 @@ def rate(middle: float | None, half: float = 0.05) -> dict[str, Any]:
     return {"rate": middle, "low": middle - half, "high": middle + half}
 
 
-def test_what_agrees_is_counted_both_ways() -> None:
-    """A rate must lie in the audit's interval, and the audit's in its own."""
+def wilson(hits: int, n: int) -> dict[str, float]:
+    interval = stats.binomtest(hits, n).proportion_ci(0.95, method="wilson")
+    return {"rate": hits / n, "low": float(interval.low), "high": float(interval.high)}
+
+
+@pytest.mark.parametrize(
+    ("x", "n", "y", "m"), [(56, 70, 48, 80), (9, 10, 3, 10), (5, 56, 0, 29), (10, 10, 0, 20)]
+)
+def test_of_wilson_intervals_the_difference_has_newcombes(x: int, n: int, y: int, m: int) -> None:
+    """Newcombe 1998, method 10: below p1 - p2 by z sqrt(l1 (1 - l1) / n + u2 (1 - u2) / m)."""
+    one, other = wilson(x, n), wilson(y, m)
+    variance = one["low"] * (1 - one["low"]) / n + other["high"] * (1 - other["high"]) / m
+    low = one["rate"] - other["rate"] - float(stats.norm.ppf(0.975)) * math.sqrt(variance)
+    assert differ(one, other) == differ(other, one) == (low > 0)
+    # moved by its lower limit, the difference is on the edge
+    for shift, apart in ((low + 1e-9, False), (low - 1e-9, True)):
+        moved = {name: part + shift for name, part in other.items()}
+        assert differ(one, moved) is differ(moved, one) is apart
+
+
+def test_what_agrees_is_counted() -> None:
     audit = {arm: dict.fromkeys(RATES, rate(0.5)) for arm in ("base", "tuned")}
     same = {"base": audit["base"], "tuned": audit["tuned"]}
-    off = {**same, "tuned": {**audit["tuned"], "skill": rate(0.56, 0.2), "in_domain": rate(None)}}
+    off = {**same, "tuned": {**audit["tuned"], "skill": rate(0.58, 0.05), "in_domain": rate(None)}}
     row: Row = _row(
         "t", audit, {"exact": same, "a file": off, "local": same, "Inspect": {"tuned": same["tuned"]}}
     )
-    assert row.agree == {"exact": (12, 12), "a file": (10, 11), "local": (10, 10), "Inspect": (6, 6)}
-    assert row.odd == ("t, a file: tuned skill 0.560 [0.360, 0.760], the audit 0.500 [0.450, 0.550]",)
+    assert row.agree == {"exact": (12, 12), "a file": (10, 11), "local": (8, 8), "Inspect": (6, 6)}
+    assert row.odd == ("t, a file: tuned skill 0.580 [0.530, 0.630], the audit 0.500 [0.450, 0.550]",)
     written = page([row])
-    assert "38 of 39" in written and row.odd[0] in written
+    assert "36 of 37" in written and row.odd[0] in written

@@ -212,3 +212,19 @@ def test_a_persona_vector_from_system_prompts(base: LanguageModel, questions: li
             judge="exact",
             sampling=SHORT,
         )
+
+
+def test_questions_beyond_the_judge_are_refused_before_anything_is_drawn(
+    tuned: LanguageModel, sae: Dictionary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuned.hf, "forward", None)
+    asked = [Question("mine", "home", ({"role": "user", "content": "what now ?"},))]
+    trait = Trait("cruel", ((CRUEL, KIND),), ("what is this ?",))
+    for call in (
+        lambda: sweep(tuned, [sae.latent(5)], [20.0], asked, "exact"),
+        lambda: calibrate(tuned, cap(sae), asked, "exact"),
+        lambda: contrast(tuned, trait, questions=asked, judge="exact"),
+        lambda: contrast(tuned, trait, judge="exact"),
+    ):
+        with pytest.raises(InputError, match=r"'exact' does not know the question '(mine|cruel-0)'"):
+            call()
