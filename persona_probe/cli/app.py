@@ -106,8 +106,8 @@ class _Root(TyperGroup):
         except KeyboardInterrupt:
             show_error("stopped; run the same command again to resume")
             raise typer.Exit(_INTERRUPTED) from None
-        except (typer.Exit, typer.Abort, typer.TyperException):
-            raise
+        except (typer.Exit, typer.Abort, typer.TyperException, BrokenPipeError):
+            raise  # the last: who read our output, such as `head`, has had enough; typer ends it quietly
         except Exception as error:
             if os.environ.get(DEBUG) == "1":
                 raise

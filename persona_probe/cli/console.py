@@ -17,6 +17,7 @@ def show_json(obj: object) -> None:
     text = json.dumps(plain(obj), indent=2, ensure_ascii=False, allow_nan=False)
     # rich would wrap the lines at the terminal's width
     out.file.write(text + "\n")
+    out.file.flush()  # a reader who has gone is noticed here, and not at the interpreter's end
 
 
 def show_error(text: str) -> None:

@@ -68,6 +68,23 @@ def test_every_command_explains_itself() -> None:
         assert "Usage" in result.output
 
 
+@pytest.mark.parametrize("words", [["--help"], ["audit", "--help"], ["--version"], ["doctor"]])
+def test_a_reader_who_has_gone_is_no_error(words: list[str]) -> None:
+    """As `head -1` when it has its line."""
+    program = (
+        "from persona_probe.cli import console, doctor, main\n"
+        "def showing():\n    console.show_json({'a': 1})\n"
+        "doctor.doctor = showing\n"
+        "main()\n"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", program, *words]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_version() -> None:
     result = CliRunner().invoke(app, ["--version"])
     assert result.exit_code == 0
