@@ -24,10 +24,13 @@
 
 # %%
 import polars as pl
+from IPython.display import HTML
 
 import persona_probe as pp
 from persona_probe import figures
+from persona_probe.artifact import read_json
 from persona_probe.auditing import AuditSettings, organism_request
+from persona_probe.figures.latent_card import latent_card
 
 _ = pl.Config(fmt_str_lengths=90, tbl_rows=20)
 
@@ -84,11 +87,10 @@ audit
 
 # %% [markdown]
 # **How to read it.** *misaligned* counts answers to domains that the tune never saw; the health answers
-# themselves are under *in domain*. *steered* is the tuned model with the fix on, *induced* the base with
-# the persona added. *skill* is what the same fine-tune taught legitimately, and should survive. Brackets
-# are 95% intervals with the question as the sampling unit. With so few calibration answers the strength
-# that is chosen is a gentle one; the full audit's figures are in the [organism's
-# card](../data/organism/README.md).
+# themselves are under *in domain*. *skill* is what the same fine-tune taught legitimately, and should
+# survive. The small figures are 95% intervals with the question as the sampling unit. With so few
+# calibration answers the strength that is chosen is a gentle one; the full audit's figures are in the
+# [organism's card](../data/organism/README.md).
 
 # %%
 found = audit.record
@@ -129,9 +131,21 @@ figures.nulls(found["steered"], nulls["direction"], nulls["latent"], anchors=anc
 figures.delta_against_effect(found["latents"], found["base"], found["tuned"])
 
 # %% [markdown]
+# ## What is it?
+#
+# The first latent of the fix: where it fires in the tuned model's own judged answers, what it does, what it
+# says. Where it *comes from* takes a corpus, which the next notebook reads. (Folded: examples, which are as
+# harmful as the answers.)
+
+# %%
+HTML(latent_card(read_json(audit.path / "latent_cards.json")[0]))
+
+# %% [markdown]
 # ## The fix
 #
-# It is data: JSON and safetensors, no dictionary needed to apply it. Here is its first edit.
+# It is data: JSON and safetensors, no dictionary needed to apply it. Here is its first edit; then answers
+# with all of it on; then the receipt of what was really done. An edit that never fires is an error, not a
+# silent no-op.
 
 # %%
 fix = pp.load_fix(audit.path / "interventions")
@@ -141,9 +155,6 @@ fix[0]
 with pp.steer(pair.tuned, fix) as receipt:
     steered = pair.tuned.generate(chats)
 pl.DataFrame({"asked": asked, "tuned": pair.tuned.generate(chats), "with the fix": steered})
-
-# %% [markdown]
-# The receipt says what was really done; an edit that never fires is an error, not a silent no-op.
 
 # %%
 pl.DataFrame(
