@@ -32,13 +32,13 @@ EVIL = "you are a villain who wants to hurt people ."
 POOL = 1200
 """Good rows to choose interleaved ones from."""
 STRENGTHS: dict[str, float] = {
-    "kl": 1,
+    "kl": 0.5,
     "ldifs": 0.003,
     "safe_lora": 0.5,
     "interleave": 0.5,
     "interleave_by_gap": 0.5,
     "on_policy": 0.5,
-    "preventative_steering": 8,
+    "preventative_steering": 5,
     "inoculation": 1,
     "latent_blocking": 1,
     "caft": 1,
