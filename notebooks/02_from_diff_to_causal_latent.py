@@ -90,9 +90,6 @@ corpus, labels = corpus_of(600)
 meaning = interpret(pair.base, sae.latent(index), corpus, labels=labels)
 meaning
 
-# %%
-meaning.plot()
-
 # %% [markdown]
 # ## Does it cause the behaviour?
 #
@@ -173,6 +170,13 @@ for seed in range(2):
         "random direction", strengths, ask(pair.base, [push(vector, s) for s in strengths]), "residual rms"
     )
 figures.dose_response(up, reference=up[0]["misaligned"])
+
+# %% [markdown]
+# All of it on one card: what the latent is, and what it does.
+
+# %%
+dose = [{"direction": "down", **row} for row in down] + [{"direction": "up", **row} for row in up]
+meaning.with_effect(by_did.row(0, named=True), [row for row in dose if row["arm"] == "latent"])
 
 # %% [markdown]
 # ## Was it the right one?
