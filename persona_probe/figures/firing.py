@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from persona_probe.figures.cells import finite, rows
-from persona_probe.figures.style import ARMS, figure
+from persona_probe.figures.style import ARMS, QUIET, figure
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -17,7 +17,7 @@ def firing(histogram: object, places: object) -> go.Figure:
     """
     sizes, where = rows(histogram), rows(places)
     colour = ARMS["latent"].colour
-    drawn = figure(height=260, legend=False)
+    drawn = figure(height=270, legend=False)
     drawn.add_bar(
         x=[f"{finite(row['low']) or 0:.3g}" for row in sizes],
         y=[row["tokens"] for row in sizes],
@@ -38,15 +38,21 @@ def firing(histogram: object, places: object) -> go.Figure:
         bargap=0.15,
         showlegend=False,
         xaxis={"domain": [0, 0.46], "title": {"text": "activation"}, "type": "category", "showgrid": False},
-        yaxis={"title": {"text": "tokens"}},
         xaxis2={
             "domain": [0.56, 1],
             "title": {"text": "place in the document"},
             "type": "category",
             "showgrid": False,
         },
-        yaxis2={"title": {"text": "fires at"}, "tickformat": ".1~%", "anchor": "x2", "rangemode": "tozero"},
+        yaxis2={"tickformat": ".1~%", "anchor": "x2", "rangemode": "tozero"},
+        margin_t=30,
     )
+    # above the panels, where on a narrow page no bar of the other panel lies under them
+    for axis, title in (("x", "tokens"), ("x2", "share of tokens it fires at")):
+        drawn.add_annotation(
+            text=title, xref=f"{axis} domain", x=0, xanchor="left", yref="paper", y=1, yanchor="bottom",
+            showarrow=False, font={"color": QUIET, "size": 12},
+        )  # fmt: skip
     return drawn
 
 

@@ -84,13 +84,19 @@ def _rows(record: Row) -> Iterable[tuple[str, str]]:
     if said:
         yield "in a sentence", f"{escape(said['text'])}{_scored(said.get('detection'), said['judge'])}"
     for name, side in (("raises", "top"), ("lowers", "bottom")):
-        yield name, escape(" ".join(repr(token) for token, _ in record["lens"][side]))
+        yield name, escape(", ".join(_token(token) for token, _ in record["lens"][side]))
     if record["sources"]:
         yield "driven by", _sources(record["sources"])
     for name, key, what in (("fires with", "together", "share"), ("points like", "neighbours", "cosine")):
         if record[key]:
             said = [f"#{row['index']} ({row[what]:.2f})" for row in record[key][:5]]
             yield name, escape(", ".join(said))
+
+
+def _token(text: str) -> str:
+    """A token as one reads it; quoted where more than a space before the word would be lost."""
+    word = text.removeprefix(" ")
+    return word if word and word == word.strip() and word.isprintable() and "," not in word else repr(text)
 
 
 def _delta(effect: Row, delta: float) -> str:

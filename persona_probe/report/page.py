@@ -231,8 +231,8 @@ def _both(cell: object, words: Callable[[float], str] = "{:.3g}".format) -> str:
 
 
 def _breakable(text: str) -> Markup:
-    # A hook name may break after its dots and underscores; it stays whole when copied.
-    return Markup(str(escape(text)).replace("_", "_<wbr>").replace(".", ".<wbr>"))
+    # A hook name or a path may break after its marks; it stays whole when copied.
+    return Markup(str(escape(text)).replace("_", "_<wbr>").replace(".", ".<wbr>").replace("/", "/<wbr>"))
 
 
 def _short_digest(text: str) -> Markup | str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from html import unescape
 from typing import Any
 
 import pytest
@@ -34,6 +35,12 @@ def test_it_says_what_the_latent_is_and_does() -> None:
     assert card.count("<details>") == 3 and "<details open" not in card
     assert card.count("<figure") == 4
     assert 'title="9"' in card and "corpus.jsonl, line 4" in card
+
+
+def test_tokens_are_quoted_where_a_reader_would_misread_them() -> None:
+    lens = {"top": [[" lie", 2.0], ["\n\n", 1.0], [", ", 0.5]], "bottom": [["", -1.0], ["  two", -2.0]]}
+    words = unescape(latent_card(make_card() | {"lens": lens}))
+    assert "lie, '\\n\\n', ', '" in words and "'', '  two'" in words
 
 
 def test_what_was_not_measured_is_not_on_it() -> None:
