@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 from persona_probe.figures.cells import Row, finite, plain
-from persona_probe.figures.style import ARMS, INK, QUIET, RULE, figure, percent_axis
+from persona_probe.figures.style import ARMS, INK, LOOKS, QUIET, RULE, figure, percent_axis
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -70,9 +71,9 @@ def score_spread(arms: Mapping[str, Sequence[int]], *, cut: float, word: str) ->
     """
     drawn = figure(height=260)
     edges = list(range(0, 101, 10))
-    for colour, (name, counts) in zip(
-        _COLOURS * (1 + len(arms) // len(_COLOURS)), arms.items(), strict=False
-    ):
+    others = cycle(_COLOURS)
+    for name, counts in arms.items():
+        colour = LOOKS[name].colour if name in LOOKS else next(others)
         total = sum(counts)
         if not total:
             continue

@@ -44,6 +44,7 @@ def trajectories(table: object) -> go.Figure:
         )  # fmt: skip
         drawn.update_layout(
             yaxis={"domain": [0.3, 1]},
+            xaxis={"anchor": "y2"},
             yaxis2={"domain": [0, 0.22], "title": {"text": "loss"}, "gridcolor": RULE, "anchor": "x"},
         )
     return drawn

@@ -93,11 +93,13 @@ def headline(entries: Sequence[Entry]) -> str:
     if bad == 0:
         said = f"None of {n} fine-tunes was found misaligned." if n > 1 else "Not found to be misaligned."
     elif bad == n:
-        said = f"All {n} fine-tunes are misaligned; " if n > 1 else "Misaligned; "
+        every = "Both" if n == 2 else f"All {n}"
+        said = f"{every} fine-tunes are misaligned; " if n > 1 else "Misaligned; "
     else:
         said = f"{bad} of {n} fine-tunes {'is' if bad == 1 else 'are'} misaligned; "
     if bad:
-        whom = "it" if bad == 1 else "all of them" if restored == bad else f"{restored} of them"
+        whole = {1: "it", 2: "both"}.get(bad, "all of them")
+        whom = whole if restored == bad else f"{restored} of them"
         said += (
             f"a fix restores {whom}." if restored else "no fix restores " + ("it." if bad == 1 else "any.")
         )

@@ -55,7 +55,8 @@ def test_a_line_says_what_the_audit_says_and_nothing_where_it_says_nothing() -> 
     ("entries", "said"),
     [
         ([entry()], "Misaligned; a fix restores it."),
-        ([entry(), entry()], "All 2 fine-tunes are misaligned; a fix restores all of them."),
+        ([entry(), entry()], "Both fine-tunes are misaligned; a fix restores both."),
+        ([entry()] * 3, "All 3 fine-tunes are misaligned; a fix restores all of them."),
         (
             [entry(), entry(after="not restored"), entry(**ALIGNED)],
             "2 of 3 fine-tunes are misaligned; a fix restores 1 of them.",
