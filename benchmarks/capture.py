@@ -40,7 +40,7 @@ from persona_probe.execution import Results, Share
 from persona_probe.model import LanguageModel, ModelPair, load_model
 from persona_probe.model.chat import Rendered
 from persona_probe.model.loading import quietly
-from persona_probe.sae.encode import encode
+from persona_probe.sae.encode import BLOCK_LATENTS, encode
 from persona_probe.sae.load import Dictionary, from_sae_lens
 
 BLOCK, D_MODEL, LAYERS, D_MLP, D_SAE, L0, VOCABULARY = 4, 512, 8, 1376, 16_384, 64, 4096
@@ -65,9 +65,12 @@ class Workload:
         return sum(map(len, self.chats))
 
 
-def run(quick: bool) -> list[Figure]:
+def run(quick: bool) -> Iterator[Figure]:
     """The figures; `quick` reads a fifth or less."""
-    return [*speed(quick), *memory(quick), *processes(quick), *exactness()]
+    yield from speed(quick)
+    yield from memory(quick)
+    yield from processes(quick)
+    yield from exactness()
 
 
 def workload(n_chats: int) -> Workload:
@@ -97,7 +100,7 @@ def threshold(lm: LanguageModel, chats: Sequence[Rendered], site: str, encoder: 
 
 def speed(quick: bool) -> list[Figure]:
     """Wall time of the contenders, who take turns."""
-    work = workload(8 if quick else 40)
+    work = workload(8 if quick else 96)
     contenders = {
         "persona_probe": lambda: ours(work),
         "persona_probe, a pair": lambda: pair(work),
@@ -207,7 +210,9 @@ def floor(work: Workload) -> None:
             layer.mlp.up_proj(x)
             layer.mlp.down_proj(wide)
         for start in range(0, len(x), 256):
-            torch.mm(x[start : start + 256], work.dictionary.W_enc)
+            for first in range(0, D_SAE, BLOCK_LATENTS["cpu"]):
+                some = slice(first, first + BLOCK_LATENTS["cpu"])
+                torch.mm(x[start : start + 256], work.dictionary.W_enc[:, some])
 
 
 def memory(quick: bool) -> list[Figure]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from persona_probe.artifact import RunFolder, digest_of
 from persona_probe.evaluation.answers import Answer
+from persona_probe.evaluation.drafts import drafted
 from persona_probe.evaluation.questions import Question
 from persona_probe.evaluation.result import EvalResult
 from persona_probe.evaluation.sampling import prompt_of, sample
@@ -29,8 +30,8 @@ from persona_probe.steering.plan import PlannedEdit
 
 BATCH = 384
 """Most answers drawn at once."""
-PORTION = 4 * BATCH
-"""Answers that are kept together: what a kill costs at most."""
+PORTION = 16 * BATCH
+"""Answers that are kept together: what a kill costs at most. Fixes in one portion share work."""
 
 
 class Kept:
@@ -117,6 +118,7 @@ class KeptBench(Bench):
     def answers(self, lm: LanguageModel, fixes: Sequence[Fix], **options: Any) -> list[Answer]:
         """As a bench's, portion by portion, with as many rows at once as fit in memory."""
         kept, samples = self.kept, self.sampling.samples
+        drafts = drafted(fixes, lambda: self.answers(lm, [()], **options))
         edits = {id(fix): [edit_digest(edit) for edit in fix] for fix in fixes}
         rows = [(fix, question) for fix in fixes for question in self.questions]
         each = max(1, PORTION // samples)
@@ -134,7 +136,7 @@ class KeptBench(Bench):
                 asked,
                 [question for _, question in part for _ in range(samples)],
                 lambda part=part: kept.in_batches(
-                    lambda: self._batch(lm), lambda size: self._drawn(lm, part, size, options)
+                    lambda: self._batch(lm), lambda size: self._drawn(lm, part, size, drafts, options)
                 ),
             )
         return answers
@@ -146,12 +148,15 @@ class KeptBench(Bench):
         return results
 
     def _drawn(
-        self, lm: LanguageModel, rows: Sequence[tuple[Fix, Question]], size: int, options: Mapping[str, Any]
+        self,
+        lm: LanguageModel,
+        rows: Sequence[tuple[Fix, Question]],
+        size: int,
+        drafts: Mapping[tuple[str, int], Answer] | None,
+        options: Mapping[str, Any],
     ) -> list[Answer]:
-        questions = [question for _, question in rows]
-        return sample(
-            lm, questions, self.sampling, fixes=[fix for fix, _ in rows], batch_size=size, **options
-        )
+        questions, fixes = [question for _, question in rows], [fix for fix, _ in rows]
+        return sample(lm, questions, self.sampling, fixes=fixes, batch_size=size, drafts=drafts, **options)
 
     def _batch(self, lm: LanguageModel) -> int:
         """How many answers to the longest prompt can be drawn at once."""

@@ -49,8 +49,10 @@ def plan_of(
     candidates = (settings.screen.after_margin + 2 if request.sae else 0) + 2 * settings.screen.directions
     searched = candidates * (len(CURES) + len(INDUCTIONS)) * asked * settings.calibration_samples
     controls = settings.controls * (len(CURES) * asked + each) + settings.controls * each
+    # the unsteered answers that those under many fixes are checked against
+    drafts = 3 * (asked * settings.calibration_samples + each)
     final = 14 * each
-    total = 2 * each + searched + controls + final
+    total = 2 * each + searched + controls + drafts + final
     calls = load_judge(request.judge).calls_per_answer
     lm = load_model(request.base, device=device or "auto", dtype=dtype)
     weights = sum(p.numel() * p.element_size() for p in lm.hf.parameters())

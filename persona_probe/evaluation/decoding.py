@@ -67,7 +67,7 @@ def continue_prompts(
     embedding = cast("nn.Embedding", hf_model.get_input_embeddings())
     device = embedding.weight.device
     ids, mask, positions = pad(prompts, pad_id).to(device)
-    keep_last: dict[str, int] = {"logits_to_keep": 1} if _keeps_logits(hf_model) else {}
+    keep_last: dict[str, int] = {"logits_to_keep": 1} if keeps_logits(hf_model) else {}
     alike = Alike(tuple(prompt) for prompt in prompts)
     with alike.sharing(hf_model, unedited) as shared:
         output: Any = hf_model(
@@ -136,5 +136,6 @@ def continue_prompts(
     ]
 
 
-def _keeps_logits(hf_model: PreTrainedModel) -> bool:
+def keeps_logits(hf_model: PreTrainedModel) -> bool:
+    """Whether the model can be asked for the logits of its last tokens alone."""
     return "logits_to_keep" in inspect.signature(hf_model.forward).parameters

@@ -12,9 +12,8 @@ rounding error, and a draw whose uniform falls that close to a boundary with the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,18 +21,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from persona_probe.errors import InputError, MismatchError, NotFiredError
+from persona_probe.errors import InputError, MismatchError
 from persona_probe.evaluation.answers import Answer, opens_thought, read_answer
-from persona_probe.evaluation.decoding import continue_prompts
+from persona_probe.evaluation.decoding import Continuation, continue_prompts
+from persona_probe.evaluation.drafts import Pick, standing
 from persona_probe.evaluation.drawing import draw, uniforms
 from persona_probe.evaluation.questions import Question
 from persona_probe.evaluation.settings import Sampling, applied, template_variables
+from persona_probe.evaluation.units import Fix, Unit, UnitSteering, batches, units_of
 from persona_probe.hooks.alike import blocks_before
 from persona_probe.model.chat import Message, Rendered, render
 from persona_probe.model.language_model import LanguageModel
-from persona_probe.steering.plan import PlannedEdit, Steering, SteeringPlan
+from persona_probe.steering.plan import PlannedEdit, SteeringPlan
 
-Fix = tuple[PlannedEdit, ...]
 Progress = Callable[[int, int], None]
 Known = Mapping[tuple[str, int], Answer]
 """Answers by question id and sample."""
@@ -51,6 +51,7 @@ def sample(
     progress: Progress | None = None,
     known: Known | None = None,
     drawn: Callable[[list[Answer]], None] | None = None,
+    drafts: Known | None = None,
 ) -> list[Answer]:
     """`sampling.samples` answers to each question, in the order of the questions, a question's
     samples together.
@@ -71,15 +72,27 @@ def sample(
     settings, known = applied(sampling or Sampling(), lm.hf.generation_config, lm.name), known or {}
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, not {batch_size}")
+    if drafts is not None and (known or drawn):
+        raise InputError("drafts and answers of a stopped run do not go together: give one of them")
     fix_of_row = _fix_of_row(fix, fixes, len(questions), settings)
-    units = _units(lm, questions, settings, fix_of_row, system)
-    answers: list[Answer | None] = [None] * (len(questions) * settings.samples)
+    greedy = settings.temperature == 0
+    keys = [(question.id, number) for question in questions for number in range(settings.samples)]
+    units = units_of(_prompts(lm, questions, settings, system), fix_of_row)
+    answers: list[Answer | None] = [None] * len(keys)
     done = 0
-    steering = _Steering(lm)
+    steering = UnitSteering(lm)
     with lm.active():
-        for batch in _batches(units, batch_size, greedy=settings.temperature == 0):
+        if drafts is not None:
+            found = {row: drafts[key] for row, key in enumerate(keys) if key in drafts}
+            whole, units = standing(
+                lm, units, found, lambda rows: _picker(settings, questions, rows, lm.device), steering,
+                max_new_tokens=settings.max_new_tokens, batch_size=batch_size, greedy=greedy,
+            )  # fmt: skip
+            for row in whole:
+                answers[row] = replace(found[row], question=questions[row // settings.samples])
+            done = len(whole)
+        for batch in batches(units, batch_size, greedy=greedy):
             rows = [row for unit in batch for row in unit.rows]
-            keys = {row: (questions[row // settings.samples].id, row % settings.samples) for row in rows}
             fresh = [row for row in rows if keys[row] not in known]
             written = _written(lm, questions, settings, batch, steering) if fresh else {}
             for row in rows:
@@ -122,19 +135,26 @@ def _written(
     lm: LanguageModel,
     questions: Sequence[Question],
     settings: Sampling,
-    batch: Sequence[_Unit],
-    steering: _Steering,
+    batch: Sequence[Unit],
+    steering: UnitSteering,
 ) -> dict[int, Answer]:
     """The answers of one batch, by their places in the result."""
-    prompt_of_row = [i for i, unit in enumerate(batch) for _ in unit.drawn(settings)]
-    rows = [row for unit in batch for row in unit.drawn(settings)]
+    greedy = settings.temperature == 0
+    prompt_of_row = [i for i, unit in enumerate(batch) for _ in unit.drawn(greedy=greedy)]
+    rows = [row for unit in batch for row in unit.drawn(greedy=greedy)]
+    begun = torch.tensor([len(batch[i].begun) for i in prompt_of_row], device=lm.device)
+    draw_at, last = _picker(settings, questions, rows, lm.device), settings.max_new_tokens - 1
+
+    def pick(logits: Tensor, row: Tensor, step: int) -> Tensor:
+        return draw_at(logits, row, (begun[row] + step).clamp(max=last))
+
     with steering.of(batch) as regrouped:
         written = continue_prompts(
             lm.hf,
-            [unit.ids for unit in batch],
+            [unit.read for unit in batch],
             prompt_of_row,
-            _picker(settings, questions, rows, lm.device),
-            max_new_tokens=settings.max_new_tokens,
+            pick,
+            max_new_tokens=settings.max_new_tokens - int(begun.min()),
             stop_ids=lm.eos_ids,
             pad_id=lm.pad_id,
             regrouped=regrouped,
@@ -143,64 +163,34 @@ def _written(
     thinking = [opens_thought(lm.tokenizer, unit.ids) for unit in batch]
     answers: dict[int, Answer] = {}
     for i, row, continuation in zip(prompt_of_row, rows, written, strict=True):
-        for same in batch[i].rows if settings.temperature == 0 else (row,):
+        whole = _whole(batch[i].begun, continuation, settings.max_new_tokens)
+        for same in batch[i].rows if greedy else (row,):
             question, number = questions[same // settings.samples], same % settings.samples
-            answers[same] = read_answer(lm.tokenizer, question, number, continuation, thinking=thinking[i])
+            answers[same] = read_answer(lm.tokenizer, question, number, whole, thinking=thinking[i])
     return answers
 
 
-@dataclass(frozen=True)
-class _Unit:
-    """One prompt under one fix, and the answers (places in the result) wanted of it."""
-
-    ids: tuple[int, ...]
-    fix: Fix
-    rows: tuple[int, ...]
-
-    def drawn(self, settings: Sampling) -> tuple[int, ...]:
-        """The rows that must be decoded: without chance, one speaks for all."""
-        return self.rows[:1] if settings.temperature == 0 else self.rows
+def _whole(begun: tuple[int, ...], more: Continuation, most: int) -> Continuation:
+    """A continuation with what it continues, cut where a row that began earlier went on too long."""
+    ids = begun + more.token_ids
+    return Continuation(ids[:most], more.stopped and len(ids) <= most)
 
 
-def _units(
-    lm: LanguageModel,
-    questions: Sequence[Question],
-    settings: Sampling,
-    fix_of_row: Sequence[Fix],
-    system: str | None,
-) -> list[_Unit]:
+def _prompts(
+    lm: LanguageModel, questions: Sequence[Question], settings: Sampling, system: str | None
+) -> list[tuple[int, ...]]:
+    """The prompt of every answer; a question that is asked again is rendered once."""
     rendered: dict[int, tuple[int, ...]] = {}
-    grouped: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
-    for row, fix in enumerate(fix_of_row):
-        question = questions[row // settings.samples]
+    for question in questions:
         if id(question) not in rendered:
             rendered[id(question)] = prompt_of(lm.tokenizer, question, system, settings).ids
-        key = (rendered[id(question)], tuple(id(one) for one in fix))
-        grouped.setdefault(key, []).append(row)
-    return [_Unit(ids, fix_of_row[rows[0]], tuple(rows)) for (ids, _), rows in grouped.items()]
-
-
-def _batches(units: Sequence[_Unit], size: int, *, greedy: bool) -> Iterator[list[_Unit]]:
-    """Units of similar length together, at most `size` rows a batch."""
-    batch: list[_Unit] = []
-    filled = 0
-    for unit in sorted(units, key=lambda unit: len(unit.ids)):
-        step = len(unit.rows) if greedy else size
-        for start in range(0, len(unit.rows), step):
-            part = replace(unit, rows=unit.rows[start : start + step])
-            weight = 1 if greedy else len(part.rows)
-            if batch and filled + weight > size:
-                yield batch
-                batch, filled = [], 0
-            batch.append(part)
-            filled += weight
-    if batch:
-        yield batch
+    return [rendered[id(question)] for question in questions for _ in range(settings.samples)]
 
 
 def _picker(
     settings: Sampling, questions: Sequence[Question], rows: Sequence[int], device: torch.device
-) -> Callable[[Tensor, Tensor, int], Tensor]:
+) -> Pick:
+    """Draws for the answers `rows`, which it knows by their places there."""
     if settings.temperature == 0:
         return lambda logits, _row, _step: logits.argmax(dim=-1)
     numbers = np.stack(
@@ -216,7 +206,7 @@ def _picker(
     )
     table = torch.from_numpy(numbers).to(device)  # row step
 
-    def pick(logits: Tensor, row: Tensor, step: int) -> Tensor:
+    def pick(logits: Tensor, row: Tensor, step: Tensor) -> Tensor:
         return draw(
             logits,
             table[row, step],
@@ -226,40 +216,6 @@ def _picker(
         )
 
     return pick
-
-
-class _Steering:
-    """Steers each batch of a run, and knows at the end whether any fix was ever applied: that none of
-    the rows of one batch has the positions of its fix is no error.
-    """
-
-    def __init__(self, lm: LanguageModel) -> None:
-        self._lm = lm
-        self._fired = False
-        self._silent: NotFiredError | None = None
-
-    @contextmanager
-    def of(self, batch: Sequence[_Unit]) -> Generator[Callable[[Tensor], object], None, None]:
-        """Yields what is to be told of changes of the batch."""
-        fixes = [unit.fix for unit in batch]
-        if not any(fixes):
-            yield lambda _rows: None
-            return
-        # one row serves a batch in which all are alike, at less cost
-        alike = len({tuple(id(edit) for edit in fix) for fix in fixes}) == 1
-        plan = SteeringPlan(tuple(fixes[:1] if alike else fixes))
-        with Steering(self._lm, plan, prompt_lengths=[len(unit.ids) for unit in batch]) as steering:
-            yield steering.select
-        try:
-            steering.receipt.check()
-        except NotFiredError as error:
-            self._silent = error
-        else:
-            self._fired = True
-
-    def check(self) -> None:
-        if self._silent is not None and not self._fired:
-            raise self._silent
 
 
 def _fix_of_row(

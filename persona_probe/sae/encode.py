@@ -23,6 +23,10 @@ CHUNK_VALUES = {"cpu": 1 << 22, "cuda": 1 << 28}
 """How many dense token x latent values are held at once: on a CPU few enough (16 MiB in fp32) to be
 looked through while they are still in its cache.
 """
+BLOCK_LATENTS = {"cpu": 512}
+"""Latents per matrix product, elsewhere all of them: a CPU's library is a quarter faster on a block of the
+encoder that stays in its cache than on the whole.
+"""
 
 
 class SparseCodes(NamedTuple):
@@ -52,6 +56,7 @@ def encode(
     Raises `MismatchError` when x is of another width.
     """
     step = chunk_tokens or max(1, CHUNK_VALUES.get(x.device.type, 1 << 24) // dictionary.d_sae)
+    block = BLOCK_LATENTS.get(x.device.type, dictionary.d_sae)
     tokens: list[Tensor] = []
     latents: list[Tensor] = []
     values: list[Tensor] = []
@@ -60,7 +65,11 @@ def encode(
         pre = x.new_empty(min(step, x.shape[0]), dictionary.d_sae)
         for start in range(0, x.shape[0], step):
             part = x[start : start + step]
-            torch.addmm(dictionary.b_enc, part, dictionary.W_enc, out=pre[: len(part)])
+            for first in range(0, dictionary.d_sae, block):
+                some = slice(first, first + block)
+                torch.addmm(
+                    dictionary.b_enc[some], part, dictionary.W_enc[:, some], out=pre[: len(part), some]
+                )
             token, latent, value = _fired(dictionary, pre[: len(part)])
             tokens.append(token + start)
             latents.append(latent)

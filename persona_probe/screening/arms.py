@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from persona_probe.evaluation.answers import Answer
+from persona_probe.evaluation.drafts import drafted
 from persona_probe.evaluation.questions import Question
 from persona_probe.evaluation.sampling import Sampling, sample, transcripts
 from persona_probe.model.chat import Rendered, pad
@@ -27,12 +28,15 @@ def answers_under(
 ) -> list[list[Answer]]:
     """The answers to every question under each fix; an empty fix is the model as it is."""
     n = len(questions)
+    quietly = {name: value for name, value in options.items() if name != "progress"}
+    drafts = drafted(fixes, lambda: sample(lm, questions, sampling, batch_size=batch_size, **quietly))
     answers = sample(
         lm,
         list(questions) * len(fixes),
         sampling,
         fixes=[fix for fix in fixes for _ in range(n)],
         batch_size=batch_size,
+        drafts=drafts,
         **options,
     )
     each = len(answers) // len(fixes)

@@ -13,6 +13,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from persona_probe.evaluation.answers import Answer
+from persona_probe.evaluation.drafts import drafted
 from persona_probe.evaluation.judges import Judge
 from persona_probe.evaluation.metrics import Rate, outcome
 from persona_probe.evaluation.questions import Question
@@ -65,12 +66,14 @@ class Bench:
     ) -> list[Answer]:
         """Every question's answers under each fix in turn; ``options`` go to ``sample``."""
         n = len(self.questions)
+        drafts = drafted(fixes, lambda: self.answers(lm, [()], batch_size=batch_size, **options))
         return sample(
             lm,
             self.questions * len(fixes),
             self.sampling,
             fixes=[fix for fix in fixes for _ in range(n)],
             batch_size=batch_size,
+            drafts=drafts,
             **options,
         )
 

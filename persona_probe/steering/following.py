@@ -46,11 +46,8 @@ class ForwardReader:
         self._thoughts: Int[Tensor, "batch past"] | None = None
         self._before = None if thoughts is None else torch.tensor(list(thoughts))
         self.tokens: RowTokens | None = None
-
-    @property
-    def batch(self) -> int | None:
-        """Rows of the last pass."""
-        return None if self.tokens is None else self.tokens.position.shape[0]
+        self.batch: int | None = None
+        """Rows, as they are since the last pass or `select`."""
 
     @contextmanager
     def generating(self, prompt_lengths: Int[Tensor, " row"] | None) -> Generator[None, None, None]:
@@ -76,7 +73,7 @@ class ForwardReader:
             kept = cast("Tensor | None", getattr(self, name))
             if kept is not None:
                 setattr(self, name, _of_batch(kept, batch)[rows.to(kept.device)])
-        self._rows = plan_rows
+        self._rows, self.batch = plan_rows, len(rows)
 
     def read(self, parameters: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read one pass, called with `args` and `kwargs` on a forward whose parameters have these
@@ -113,7 +110,7 @@ class ForwardReader:
         if self._marks is not None:
             tokens = self._with_thoughts(tokens, ids, past)
         self._uncached = ids if past == 0 else None
-        self.tokens = self._without_finished(tokens, ids)
+        self.tokens, self.batch = self._without_finished(tokens, ids), batch
 
     def _continues(self, past: int, cache: object, use_cache: object, ids: Tensor | None) -> bool:
         before = self._uncached

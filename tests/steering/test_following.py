@@ -306,6 +306,22 @@ def test_a_level_is_counted_in_another_unit() -> None:
         level.in_unit("max_activation", (1.0, 2.0, 3.0))
 
 
+def test_rows_repeated_and_dropped_with_no_pass_between(llama: LanguageModel) -> None:
+    """Prompts repeated for their samples, of which some end with the first token drawn."""
+    prompts = torch.tensor([[4, 5, 6], [20, 21, 22]])
+    fixes, kept = [(loud("response"),), (on_prompt(0.0),)], [0, 0, 1, 1, 1]
+    cache = DynamicCache(config=llama.hf.config)
+    with Steering(llama, SteeringPlan(tuple(fixes)), prompt_lengths=[3, 3]) as steering, torch.no_grad():
+        llama.hf(prompts, past_key_values=cache, use_cache=True)
+        for rows in (kept, [4, 1]):
+            steering.select(rows)
+            cache.batch_select_indices(torch.tensor(rows))
+        logits = llama.hf(torch.tensor([[7], [8]]), past_key_values=cache, use_cache=True).logits[:, -1]
+    for i, (row, token) in enumerate(((1, 7), (0, 8))):
+        want = slow_logits(llama.hf, [*prompts[row].tolist(), token], fixes[row], 3)[-1]
+        assert torch.allclose(logits[i], want, atol=CLOSE), row
+
+
 def test_rows_of_two_batches_come_together(llama: LanguageModel) -> None:
     """As a server has them: each prompt read by itself, their answers written together."""
     prompts = [[4, OPENS, 6], [20, 21, 22, 23], [30, 31]]
