@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from html import escape
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ class FineTune:
         else:
             loss = _figure(self.record["log"][-1]["loss"] if self.record["log"] else None)
             said = f"{self.record['rows']} rows, {steps}, last loss {loss}"
-        return f"<p>{said}; <code>{self.tuned}</code></p>"
+        return f"<p>{said}; <code>{escape(str(self.tuned))}</code></p>"
 
 
 def _figure(value: float | None) -> str:
