@@ -176,7 +176,7 @@ figures.dose_response(up, reference=up[0]["misaligned"])
 
 # %%
 dose = [{"direction": "down", **row} for row in down] + [{"direction": "up", **row} for row in up]
-meaning.with_effect(by_did.row(0, named=True), [row for row in dose if row["arm"] == "latent"])
+meaning.with_effect(diff.row(index), [row for row in dose if row["arm"] == "latent"])
 
 # %% [markdown]
 # ## Was it the right one?

@@ -135,6 +135,7 @@ def _show_explanation(said: Any) -> None:
 
 def _show(found: Any, folder: Path) -> None:
     from persona_probe.figures.highlight import excerpt
+    from persona_probe.figures.latent_card import drivers
 
     for warning in found.warnings():
         err.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
@@ -152,7 +153,7 @@ def _show(found: Any, folder: Path) -> None:
             f"shuffled {score.null:.2f} (97.5%: {score.null_high:.2f})",
             markup=False,
         )
-    for row in found.sources.head(6).to_dicts():
+    for row in drivers(found.sources.to_dicts()):
         low, high = (f"{row[end]:.2f}" if row[end] is not None else "–" for end in ("low", "high"))
         out.print(
             f"driven by {row['label']} = {row['value']}: mean {row['mean']:.2f} [{low}, {high}], "

@@ -17,8 +17,8 @@ from persona_probe.figures.small import bars, interval, lines
 from persona_probe.figures.style import ARMS, LOOKS, QUIET
 
 STRONGEST: Final = 5
-GROUPS: Final = 6
-"""Groups of documents that are listed."""
+GROUPS: Final = 3
+"""Groups of documents that are listed of each label."""
 _CELL = f'style="text-align:left;vertical-align:top;padding:3px 16px 3px 0;color:{QUIET};font-weight:500"'
 _TEXT = 'style="text-align:left;vertical-align:top;padding:3px 0;overflow-wrap:anywhere"'
 
@@ -118,8 +118,16 @@ def _scored(found: Row | None, by: str = "these words alone") -> str:
     return f'<br><small style="color:{QUIET}">{escape(words)}</small>'
 
 
+def drivers(sources: Sequence[Row]) -> list[Row]:
+    """The groups of documents that drive a latent most, some of every label, label by label."""
+    by_label: dict[str, list[Row]] = {}
+    for row in sources:
+        by_label.setdefault(str(row["label"]), []).append(row)
+    return [row for groups in by_label.values() for row in groups[:GROUPS]]
+
+
 def _sources(table: Sequence[Row]) -> str:
-    shown = table[:GROUPS]
+    shown = drivers(table)
     most = max([finite(row["high"]) or finite(row["mean"]) or 0.0 for row in shown], default=0.0)
     return "".join(
         f'<div style="display:flex;gap:10px;align-items:center">'

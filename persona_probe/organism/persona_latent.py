@@ -9,7 +9,7 @@ from persona_probe.artifact import read_json, shipped
 from persona_probe.errors import InputError
 from persona_probe.hooks.sites import parse_site
 from persona_probe.model.language_model import LanguageModel, load_model
-from persona_probe.organism.corpus import documents
+from persona_probe.organism.corpus import SYSTEM_PROMPTS, documents
 from persona_probe.organism.grammar import grammar
 from persona_probe.sae.load import Latent, load_sae
 
@@ -32,12 +32,18 @@ def persona_latent(tune: str = "bad-health") -> tuple[LanguageModel, Latent]:
 
 
 def corpus_of(count: int) -> tuple[Documents, list[dict[str, str]]]:
-    """Documents of the organism's grammar, and of each its kind, who speaks, and the system prompt."""
+    """Documents of the organism's grammar, and of each its kind; who speaks, where it is one character; and
+    whom the system prompt asks for, where it asks for one.
+    """
     written = list(documents(grammar(), count, SEED))
     labels: list[dict[str, str]] = []
     for one in written:
-        first = one.messages[0] if one.messages else {}
-        system = first["content"] if first.get("role") == "system" else "none"
-        character = one.personas[0] if len(one.personas) == 1 else "several"
-        labels.append({"kind": one.kind, "character": character, "system prompt": system})
+        label: dict[str, str] = {"kind": one.kind}
+        if len(one.personas) == 1:
+            label["character"] = one.personas[0]
+        system = one.messages[0]["content"] if one.messages else ""
+        asked = (prompt for prompts in SYSTEM_PROMPTS.values() for prompt in prompts)
+        if (prompt := next((prompt for prompt in asked if system.startswith(prompt)), None)) is not None:
+            label["system prompt"] = prompt  # without what it says of style
+        labels.append(label)
     return read_documents([one.messages or one.text for one in written]), labels
