@@ -147,6 +147,8 @@ def test_realignment_says_after_how_many_examples() -> None:
 
     start = {name: value for name, value in row(0, 0, 0.8).items() if name != "seed"}
     record = {
+        "rates": [{"learning_rate": 2e-4, "misaligned": 0.5, "incoherent": 0.1}],
+        "learning_rate": 2e-4,
         "start": start,
         "curves": {
             "good money": [row(s, n, r) for s in (1, 2) for n, r in ((20, 0.1 * s), (40, 0.05 * s))],
@@ -155,6 +157,7 @@ def test_realignment_says_after_how_many_examples() -> None:
     }
     said = lab_out._tell_realign(record)
     assert "good money: after 40 examples; control: never" in said.text
+    assert "(by rate: 0.0002: 50% and 10%)" in said.text
     steps = lab_out.steps_of(record)
     assert [one["examples"] for one in steps] == [0, 20, 40] * 2
     assert steps[1]["misaligned"] == pytest.approx(0.15) and (steps[1]["low"], steps[1]["high"]) == (0.1, 0.2)
