@@ -113,6 +113,8 @@ class Level:
 
     def __str__(self) -> str:
         numbers = ", ".join(f"{value:.4g}" for value in self.values)
+        if self.unit == "base_mean" and self.scale == 1.0:
+            return f"{numbers} (the base's mean)"
         return numbers if self.unit == "absolute" else f"{numbers} x {self.unit}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from html import escape
 from typing import Any
 
 import pytest
@@ -148,7 +149,7 @@ def test_an_encoder_of_another_dictionary_is_refused() -> None:
 
 def test_it_says_in_words_what_it_does() -> None:
     text = str(edit(level=Level((0.83,), "base_mean"), gain=2.0, condition=Condition("active")))
-    assert "cap latent 3 at 0.83 x base_mean" in text and SITES[1] in text
+    assert "cap latent 3 at 0.83 (the base's mean)" in text and SITES[1] in text
     assert "where z > 0" in text and "gain 2 (over-corrects)" in text
     assert "over-corrects" not in str(edit()) and not edit().over_corrects
     assert str(edit(target=direction(torch.ones(D_MODEL), "mean shift"))).startswith("cap mean shift")
@@ -159,7 +160,14 @@ def test_in_a_notebook_it_is_a_table_in_which_every_name_is_text() -> None:
     hostile = direction(torch.ones(D_MODEL), "<script>alert(1)</script>")
     shown = edit(target=hostile, level=Level((0.83,), "base_mean"), gain=2.0)._repr_html_()
     assert "<script>" not in shown and "&lt;script&gt;" in shown
-    for said in ("cap", SITES[1], "0.83 x base_mean", "2 (over-corrects)", "projection", "always"):
+    for said in (
+        "cap",
+        SITES[1],
+        escape("0.83 (the base's mean)"),
+        "2 (over-corrects)",
+        "projection",
+        "always",
+    ):
         assert said in shown
     assert "level" not in edit("ablate", level=None)._repr_html_()
 
