@@ -33,7 +33,7 @@ def _marked(token: Token, maximum: float) -> str:
         return f'<span style="opacity:.45">{text}</span>'
     if not token.value:
         return text
-    strength = DARKEST * min(1.0, token.value / maximum) if maximum > 0 else 0.0
+    strength = DARKEST * min(1.0, max(0.0, token.value) / maximum) if maximum > 0 else 0.0
     return (
         f'<span style="background:rgba({_RED},{_GREEN},{_BLUE},{strength:.2f})" '
         f'title="{token.value:.3g}">{text}</span>'
