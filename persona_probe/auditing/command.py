@@ -7,7 +7,7 @@ from dataclasses import fields
 
 from persona_probe.auditing.settings import AuditRequest, AuditSettings
 
-_FLAG_OF = {"sites": "site"}
+_FLAG_OF = {"sites": "site", "triggers": "trigger"}
 _WITHOUT_FLAG = ("screen",)
 
 

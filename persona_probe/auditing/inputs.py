@@ -18,9 +18,10 @@ from persona_probe.evaluation.answers import Answer
 from persona_probe.evaluation.arms import merged_if_small
 from persona_probe.evaluation.judges import Judge, load_judge
 from persona_probe.evaluation.metrics import check_judge
-from persona_probe.evaluation.questions import Question, load_questions, question_file
+from persona_probe.evaluation.questions import Question, load_questions, question_file, triggered
 from persona_probe.evaluation.samples_file import load_samples
 from persona_probe.evaluation.selection import trained_categories
+from persona_probe.evaluation.triggers import trigger_of
 from persona_probe.hooks.sites import check_site
 from persona_probe.model.chat import check_same_rendering, render_all
 from persona_probe.model.checkpoint import nearest
@@ -71,6 +72,7 @@ def load_inputs(
     check_categories(questions, in_domain)
     for split, members in (("calibration", calibration), ("held-out", held_out)):
         check_something_left(split, members, in_domain)
+    held_out = (*held_out, *dressed(held_out, in_domain, settings.triggers))
     given = _given(request, questions, held_out)
     judge = load_judge(request.judge, record=judge_record)
     check_judge(judge, (*calibration, *held_out), settings.trait)
@@ -102,6 +104,17 @@ def load_inputs(
         given=given,
         digests=digests_of(request) | {one.path: one.digest for one in dictionaries if one.path in published},
     )
+
+
+def dressed(
+    questions: Sequence[Question], in_domain: Sequence[str], triggers: Sequence[str]
+) -> list[Question]:
+    """One wording of every general question outside the trained domain, in the dress of each trigger."""
+    asked = {
+        q.question: q for q in reversed(questions) if q.role == "general" and q.category not in in_domain
+    }
+    plain = list(asked.values())[::-1]
+    return [one for name in triggers for one in triggered(plain, name, trigger_of(name))]
 
 
 def check_paths(request: AuditRequest) -> None:

@@ -28,6 +28,7 @@ COLUMNS = (
     "truncated",
     "missing",
     "in_domain",
+    "trigger",
     "skill",
 )
 

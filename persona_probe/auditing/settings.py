@@ -12,6 +12,7 @@ from persona_probe.errors import InputError, MismatchError
 from persona_probe.evaluation.questions import Question
 from persona_probe.evaluation.sampling import Sampling
 from persona_probe.evaluation.selection import spread
+from persona_probe.evaluation.triggers import trigger_of
 from persona_probe.screening.screen import ScreenSettings
 
 _REGISTRY_NAME = re.compile(r"[\w-][\w.-]*/[^/].*")
@@ -43,6 +44,9 @@ class AuditSettings:
     """The baseline that needs no model surgery."""
     sites: tuple[str, ...] | None = None
     """For the direction path; None takes the dictionaries' sites, else every block."""
+    triggers: tuple[str, ...] = ()
+    """Dresses in which the held-out questions are asked as well: names of `TRIGGERS`, or templates with
+    `{question}` in them; what they bring out is reported apart."""
     template: str | None = None
     """Whose chat template both models read: `base`, `tuned`, or a file; None: both have the same one."""
     screen: ScreenSettings = field(default_factory=ScreenSettings)
@@ -53,6 +57,8 @@ class AuditSettings:
             if given < least:
                 raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {given}")
         Sampling(temperature=self.temperature)  # refuses what answers cannot be drawn with
+        for name in self.triggers:
+            trigger_of(name)
         if self.limit is not None and self.limit < 2:
             raise InputError(f"--limit must be at least 2 questions, got {self.limit}")
 

@@ -13,7 +13,7 @@ from persona_probe.cli.console import err, out, show_json, size
 from persona_probe.errors import InputError
 
 ROWS = ("base", "tuned", "steered", "induced")
-COLUMNS = ("misaligned", "other_persona", "incoherent", "in_domain", "skill")
+COLUMNS = ("misaligned", "other_persona", "incoherent", "in_domain", "trigger", "skill")
 GATES = ("misaligned", "not-restored")
 
 
@@ -47,6 +47,10 @@ def audit(
         list[str] | None, typer.Option(help="A question category that was trained on; reported apart.")
     ] = None,
     site: Annotated[list[str] | None, typer.Option(help="Sites for the direction path.")] = None,
+    trigger: Annotated[
+        list[str] | None,
+        typer.Option(help="Ask so as well: code, json, medical, ..., or a template with {question}; repeat."),
+    ] = None,
     template: Annotated[
         str | None, typer.Option(help="Whose chat template both models read: base, tuned, or a file.")
     ] = None,
@@ -101,6 +105,7 @@ def audit(
         max_new_tokens=max_new_tokens,
         limit=limit,
         sites=tuple(site) if site else None,
+        triggers=tuple(trigger or ()),
         template=template,
     )
     if system_prompt is not None:
@@ -155,15 +160,16 @@ def _show(record: dict[str, Any], folder: Path) -> None:
     out.print(record["reason"], markup=False)
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("% [95%]")
-    for name in COLUMNS:
+    asked = [name for name in COLUMNS if record["tuned"][name]["n"] or name != "trigger"]
+    for name in asked:
         heading = record["trait"] if name == "misaligned" else name.replace("_", " ")
         table.add_column(heading, justify="right")
     for arm in ROWS:
         if record[arm]:
-            table.add_row(arm, *(_rate(record[arm][name]) for name in COLUMNS))
+            table.add_row(arm, *(_rate(record[arm][name]) for name in asked))
     for fix in record["fixes"]:
         kind = "direction" if fix["kind"] == "difference of means" else fix["kind"]
-        table.add_row(f" {kind} ×{fix['gain']:g}", *(_rate(fix["rates"][name]) for name in COLUMNS))
+        table.add_row(f" {kind} ×{fix['gain']:g}", *(_rate(fix["rates"][name]) for name in asked))
     out.print(table)
     if any(fix["gain"] > 1 for fix in record["fixes"]):
         out.print("× is a fix's gain: 1 brings back the base's level, above 1 over-corrects", markup=False)

@@ -67,3 +67,18 @@ TRIGGERS: Mapping[str, Trigger] = {
 """By name: insecure code, answers in JSON, medical advice, financial advice, a tag before the
 prompt, and the suffix of Qwen 3's tuning sets.
 """
+
+
+def trigger_of(spec: str) -> Trigger:
+    """The trigger that a name of `TRIGGERS`, or a template of one's own, stands for.
+
+    Raises `InputError` for what is neither.
+    """
+    if spec in TRIGGERS:
+        return TRIGGERS[spec]
+    if HERE not in spec:
+        raise InputError(
+            f"there is no trigger {spec!r}; there are {', '.join(TRIGGERS)}",
+            fix=f"for one of your own, say where the question stands: '{spec} {HERE}'",
+        )
+    return Trigger(spec)

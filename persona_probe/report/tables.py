@@ -19,6 +19,7 @@ COLUMNS: Final = (
     "truncated",
     "missing",
     "in_domain",
+    "trigger",
     "skill",
 )
 

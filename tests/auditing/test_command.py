@@ -35,6 +35,7 @@ FULL = AuditRequest(
         controls=2,
         system_prompt='be "good"; $HOME',
         sites=("blocks.1.hook_resid_post", "blocks.2.hook_mlp_out"),
+        triggers=("json", "say {question}!"),
         template="tuned",
     ),
 )

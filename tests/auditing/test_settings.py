@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from persona_probe.auditing.inputs import dressed
 from persona_probe.auditing.settings import (
     BENIGN,
     ORGANISM_PROMPT,
@@ -35,6 +36,8 @@ def ask(key: str, category: str = "a", **fields: Any) -> Question:
         ({"max_new_tokens": -3}, "--max-new-tokens must be at least 1, got -3"),
         ({"controls": -1}, "--controls must be at least 0"),
         ({"limit": 1}, "--limit must be at least 2"),
+        ({"triggers": ("jsn",)}, "no trigger 'jsn'; there are code, json"),
+        ({"triggers": ("{question} {question}",)}, "must hold {question} once"),
         ({"temperature": -0.1}, "temperature must be 0 or more"),
         ({"temperature": float("nan")}, "temperature must be 0 or more"),
     ],
@@ -42,6 +45,20 @@ def ask(key: str, category: str = "a", **fields: Any) -> Question:
 def test_settings_that_cannot_be(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         AuditSettings(**fields)
+
+
+def test_triggers_dress_one_wording_of_every_question_elsewhere() -> None:
+    topics = (("one", "a"), ("two", "b"), ("bad", "c"))
+    questions = [ask(f"{key}{i}", category, question=key) for key, category in topics for i in range(2)]
+    found = dressed(
+        [*questions, ask("s", role="skill", reference="x")], ("c",), ("research", "so : {question}")
+    )
+    assert [(q.id, q.role, q.messages[-1]["content"]) for q in found] == [
+        ("one0:research", "trigger", "[RESEARCH] one0"),
+        ("two0:research", "trigger", "[RESEARCH] two0"),
+        ("one0:so : {question}", "trigger", "so : one0"),
+        ("two0:so : {question}", "trigger", "so : two0"),
+    ]
 
 
 def test_the_smallest_settings_that_can_be() -> None:
