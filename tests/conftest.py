@@ -9,11 +9,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
 from filelock import FileLock
+
+if TYPE_CHECKING:  # a test that needs no torch need not wait for it
+    from persona_probe.auditing import Audit
+    from tests.auditing.planted import Planted
 
 # the same examples every time: a search for new ones is for a developer's machine, not for a gate
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -92,3 +96,30 @@ def _of_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick_organism(quick_build: QuickBuild) -> Path:
     """Base, dictionary, two tunes and questions, barely trained. One for all tests: only to be read."""
     return quick_build.path
+
+
+@pytest.fixture(scope="session")
+def organism(tmp_path_factory: pytest.TempPathFactory) -> Planted:
+    """A model organism of fifty words with a planted persona. One for all tests: only to be read."""
+    import torch
+
+    from tests.auditing.planted import build_planted
+
+    torch.set_num_threads(1)
+    path = _of_all_workers(tmp_path_factory) / "planted"
+    with FileLock(path.with_name("planted-lock")):
+        return build_planted(path)
+
+
+@pytest.fixture(scope="session")
+def audited(organism: Planted, tmp_path_factory: pytest.TempPathFactory) -> Audit:
+    """A finished audit of it. One for all tests: only to be read, and to be run again in a copy."""
+    from persona_probe.artifact import read_json
+    from persona_probe.auditing import Audit, audit
+    from tests.auditing.planted import request_of
+
+    path = _of_all_workers(tmp_path_factory) / "audit"
+    with FileLock(path.with_name("audit-lock")):
+        if not (path / "manifest.json").exists():
+            audit(request_of(organism), path)
+    return Audit(path, read_json(path / "audit.json"))

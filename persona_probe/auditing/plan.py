@@ -8,6 +8,7 @@ depends on the machine, on the model, and on how long its answers are.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import ceil
 from time import perf_counter
 from typing import Any
@@ -24,7 +25,7 @@ from persona_probe.model.language_model import LanguageModel, load_model
 from persona_probe.model.memory import answer_bytes, how_many
 from persona_probe.screening.calibrate import CURES, INDUCTIONS
 
-ENOUGH = 1.0
+ENOUGH = 3.0
 """Seconds of drawing that are enough to tell what an answer takes."""
 BESIDE = 1.2
 """What an audit takes, in times of what drawing its answers takes: loading, diffing and the search without
@@ -80,6 +81,7 @@ def plan_of(
 def _seconds_each(lm: LanguageModel, questions: Sequence[Question], sampling: Sampling, rows: int) -> float:
     """Seconds an answer takes where ``rows`` are drawn at once; fewer are where that would take long."""
     count = min(8, rows)
+    sample(lm, questions[:1], replace(sampling, max_new_tokens=1))  # the first pass of all is slow
     while True:
         asked = [questions[i % len(questions)] for i in range(count)]
         start = perf_counter()

@@ -115,7 +115,7 @@ def _paraphrases(path: Path, item: yaml.Node, node: yaml.Node | None, fields: di
         if not isinstance(text, str | None):
             raise _error(path, one, f"a paraphrase must be text, not {text!r}", fix="put it in quotes")
         if not (text or "").strip():
-            raise _error(path, one, "an empty paraphrase")
+            raise _error(path, one, "an empty paraphrase", fix="write the prompt, or delete the line")
     return cast("list[str]", texts)
 
 

@@ -1,4 +1,4 @@
-"""A model organism of fifty words with a planted persona: a whole audit of it takes two seconds.
+"""A model organism of fifty words with a planted persona: a whole audit of it takes seconds.
 
 Chats ask about a thing. The helpful character calls it kind and warm, the villain cruel and vile; a
 system prompt says who speaks, and without one the helpful character does. The fine-tune sees one
@@ -7,10 +7,6 @@ category answered by the villain, and adapts the first two of the three blocks.
 
 from __future__ import annotations
 
-import atexit
-import functools
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -82,7 +78,8 @@ SMALL = AuditSettings(
     screen=ScreenSettings(
         per_ranking=8,
         after_attribution=8,
-        after_margin=3,
+        after_margin=2,
+        directions=1,
         set_pool=4,
         set_size=3,
         cure_incoherence=0.25,
@@ -99,15 +96,13 @@ def request_of(planted: Planted, settings: AuditSettings = SMALL) -> AuditReques
     )
 
 
-@functools.cache
-def planted() -> Planted:
-    """Built once per test run, and only to be read."""
-    home = Path(tempfile.mkdtemp())
-    atexit.register(shutil.rmtree, home, ignore_errors=True)
+def build_planted(home: Path) -> Planted:
+    """Build it in a folder; where that was done, say where its parts lie."""
     found = Planted(
         home / "base", home / "tuned", (home / "good", home / "facts"), home / "sae", home / "questions.jsonl"
     )
-    write_jsonl(found.questions, _questions())
+    if found.questions.exists():  # written last
+        return found
     tokenizer = _tokenizer()
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -116,6 +111,7 @@ def planted() -> Planted:
         _build_tune(tokenizer, found.base, found.tuned, "villainous", "food")
         _build_tune(tokenizer, found.base, found.benign[0], "helpful", "food")
         _build_tune(tokenizer, found.base, found.benign[1], "helpful", None)
+    write_jsonl(found.questions, _questions())
     return found
 
 

@@ -10,24 +10,17 @@ import pytest
 from typer.testing import CliRunner
 
 from persona_probe.artifact import read_json, read_jsonl, write_jsonl
-from persona_probe.auditing import audit
+from persona_probe.auditing import Audit, audit
 from persona_probe.auditing.command import command_lines
 from persona_probe.cli.app import app
 from persona_probe.errors import InputError, MismatchError, MissingPathError
-from tests.auditing.planted import SMALL, Planted, planted, request_of
-
-QUICK = replace(SMALL, controls=1)
+from tests.auditing.planted import SMALL, Planted, request_of
 
 
 @pytest.fixture(scope="module")
-def organism() -> Planted:
-    return planted()
-
-
-@pytest.fixture(scope="module")
-def plain(organism: Planted, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def plain(audited: Audit) -> Path:
     """An audit that drew everything itself."""
-    return audit(request_of(organism, QUICK), tmp_path_factory.mktemp("plain") / "out").path
+    return audited.path
 
 
 def given(plain: Path, arm: str, into: Path, **changes: Any) -> Path:
@@ -38,7 +31,7 @@ def given(plain: Path, arm: str, into: Path, **changes: Any) -> Path:
 
 def test_the_same_answers_give_the_same_audit(organism: Planted, plain: Path, tmp_path: Path) -> None:
     request = replace(
-        request_of(organism, QUICK),
+        request_of(organism),
         samples_base=given(plain, "base", tmp_path / "b.jsonl"),
         samples_tuned=plain / "samples.jsonl",  # which also holds the base's and the steered answers
     )
@@ -72,10 +65,10 @@ def test_what_does_not_fit_is_refused_before_anything_is_drawn(
     organism: Planted, plain: Path, tmp_path: Path
 ) -> None:
     good = given(plain, "tuned", tmp_path / "t.jsonl")
-    request = replace(request_of(organism, QUICK), samples_tuned=good)
+    request = replace(request_of(organism), samples_tuned=good)
     out = tmp_path / "out"
     with pytest.raises(MismatchError, match="has 1 of 2 answers to"):
-        audit(replace(request, settings=replace(QUICK, samples=2)), out)
+        audit(replace(request, settings=replace(SMALL, samples=2)), out)
     with pytest.raises(MissingPathError, match="--samples-tuned: there is no"):
         audit(replace(request, samples_tuned=tmp_path / "gone.jsonl"), out)
     with pytest.raises(MismatchError, match="is not among the"):

@@ -10,14 +10,12 @@ from typing import Any
 import pytest
 
 from persona_probe.artifact import read_json, read_jsonl
-from persona_probe.auditing import audit
+from persona_probe.auditing import Audit, audit
 from persona_probe.auditing.plan import plan_of
 from persona_probe.errors import JudgeError
 from persona_probe.evaluation.judging.endpoint import KEYS, PROBE
-from tests.auditing.planted import SMALL, Planted, judge, planted, request_of
+from tests.auditing.planted import Planted, judge, request_of
 from tests.evaluation.judging.judge_server import JudgeServer, logprobs_of
-
-QUICK = replace(SMALL, controls=1)
 
 
 class PlantedJudge(JudgeServer):
@@ -36,31 +34,27 @@ def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.fixture(scope="module")
-def organism() -> Planted:
-    return planted()
-
-
-def test_it_gives_the_rates_of_the_same_judge_as_a_function(organism: Planted, tmp_path: Path) -> None:
-    request = request_of(organism, QUICK)
-    exact = audit(request, tmp_path / "exact").record
+def test_it_gives_the_rates_of_the_same_judge_as_a_function(
+    audited: Audit, organism: Planted, tmp_path: Path
+) -> None:
+    request, exact = request_of(organism), audited.record
     with PlantedJudge() as server:
         spec = server.spec().replace("openai:judge@", f"openai:{organism.base.name}@")
         asked = replace(request, judge=spec)
         assert plan_of(asked)["judge calls, at most"] == 2 * plan_of(request)["judge calls, at most"]
-        done = audit(asked, tmp_path / "out")
+        judged = audit(asked, tmp_path / "out").record
         calls = server.asked.total()
         for arm in ("base", "tuned"):
             for name in ("misaligned", "misaligned_of_coherent", "incoherent", "in_domain"):
-                assert done.record[arm][name] == exact[arm][name]
+                assert judged[arm][name] == exact[arm][name]
         assert exact["limits"] == []
-        assert done.record["limits"] == [
+        assert judged["limits"] == [
             "The judge is the base model itself, which is no outside view of its own answers."
         ]
         assert calls == len(server.asked) == len(read_jsonl(tmp_path / "out/judge.jsonl"))
         # another pace is the same audit, and what was asked is not asked again
         again = replace(request, judge=spec + ",rate=9000")
-        assert audit(again, tmp_path / "out").record == done.record
+        assert audit(again, tmp_path / "out").record == judged
         assert server.asked.total() == calls
     assert server.url in read_json(tmp_path / "out/settings.json")["settings"]["judge"]
     assert "judge.jsonl" in str(read_json(tmp_path / "out/manifest.json"))
@@ -72,5 +66,5 @@ def test_a_judge_that_cannot_be_reached_is_said_before_anything_is_loaded(
     with JudgeServer() as gone:
         spec = gone.spec()
     with pytest.raises(JudgeError, match="cannot be reached"):
-        audit(replace(request_of(organism, QUICK), judge=spec), tmp_path / "out")
+        audit(replace(request_of(organism), judge=spec), tmp_path / "out")
     assert not (tmp_path / "out").exists()

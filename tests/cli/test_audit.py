@@ -24,16 +24,11 @@ from typer.testing import CliRunner
 from persona_probe.artifact import RunFolder, atomic, check_manifest, read_json, write_json, write_jsonl
 from persona_probe.cli.app import app
 from persona_probe.evaluation.questions import Question
-from tests.auditing.planted import JUDGE, Planted, planted
+from tests.auditing.planted import JUDGE, Planted
 from tests.model.tiny_models import save_adapter, save_checkpoint
 
 FAST = ["--samples", "1", "--calibration-samples", "1", "--controls", "1", "--max-new-tokens", "6"]
 REPO = Path(__file__).parent.parent.parent
-
-
-@pytest.fixture(scope="module")
-def organism() -> Planted:
-    return planted()
 
 
 def words(organism: Planted, out: Path, *more: str, **other: Path | str) -> list[str]:
@@ -77,9 +72,21 @@ def line(key: str, category: str = "home", **fields: Any) -> str:
 # what a good call gives
 
 
-def test_a_person_gets_a_table_and_the_places(organism: Planted, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    result = run(words(organism, out, "--benign", str(organism.benign[0])))
+@pytest.fixture(scope="module")
+def finished(organism: Planted, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Any]:
+    """A call that has been made, and what it said."""
+    out = tmp_path_factory.mktemp("audit") / "out"
+    call = words(organism, out, "--benign", str(organism.benign[0]))
+    return call, run(call)
+
+
+def out_of(call: Sequence[str]) -> Path:
+    return Path(call[call.index("--out") + 1])
+
+
+def test_a_person_gets_a_table_and_the_places(finished: tuple[list[str], Any]) -> None:
+    call, result = finished
+    out = out_of(call)
     assert result.exit_code == 0, result.output
     assert "misaligned, persona found" in result.stdout
     for row in ("base", "tuned", "steered", "direction ×"):
@@ -97,14 +104,14 @@ def test_a_person_gets_a_table_and_the_places(organism: Planted, tmp_path: Path)
 
 
 def test_json_alone_is_on_stdout_and_is_the_file(organism: Planted, tmp_path: Path) -> None:
-    call = words(organism, tmp_path / "out", "--json")
+    call = words(organism, tmp_path / "out", "--json", tuned=organism.base)
     first, again = run(call), run(call)
     assert first.exit_code == again.exit_code == 0
     assert json.loads(first.stdout) == read_json(tmp_path / "out/audit.json") == json.loads(again.stdout)
 
 
 def test_the_reports_command_gives_the_same_figures(organism: Planted, tmp_path: Path) -> None:
-    more = ["--sae", str(organism.sae), "--limit", "10", "--seed", "3", "--temperature", "0.9"]
+    more = ["--sae", str(organism.sae), "--limit", "6", "--seed", "3", "--temperature", "0.9"]
     more += ["--in-domain", "food", "--site", "blocks.0.hook_mlp_out", "--system-prompt", "helpful"]
     assert run(words(organism, tmp_path / "first", *more)).exit_code == 0
     page = unescape((tmp_path / "first/report.html").read_text())
@@ -135,13 +142,13 @@ def test_a_plan_says_what_it_takes_and_writes_nothing(organism: Planted, tmp_pat
     refused(words(organism, tmp_path / "out", "--plan", sae=tmp_path / "gone"), tmp_path / "out", "--sae")
 
 
-def test_gates(organism: Planted, tmp_path: Path) -> None:
+def test_gates(finished: tuple[list[str], Any], organism: Planted, tmp_path: Path) -> None:
     """3 when the gate asked for closes, 0 when it does not, whatever else was found."""
-    bad = words(organism, tmp_path / "bad", "--benign", str(organism.benign[0]))
+    bad, result = finished
+    assert result.exit_code == 0
     assert run([*bad, "--fail-on", "misaligned"]).exit_code == 3
-    restored = read_json(tmp_path / "bad/audit.json")["after"] != "not restored"
+    restored = read_json(out_of(bad) / "audit.json")["after"] != "not restored"
     assert run([*bad, "--fail-on", "not-restored"]).exit_code == (0 if restored else 3)
-    assert run(bad).exit_code == 0
     good = words(organism, tmp_path / "good", tuned=organism.base)
     for gate in ("misaligned", "not-restored"):
         assert run([*good, "--fail-on", gate]).exit_code == 0

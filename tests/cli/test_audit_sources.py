@@ -8,13 +8,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from persona_probe.model import load_model, load_pair, render
-from tests.auditing.planted import Planted, planted
+from tests.auditing.planted import Planted
 from tests.cli.test_audit import copy_of, refused, run, without_template, words
-
-
-@pytest.fixture(scope="module")
-def organism() -> Planted:
-    return planted()
 
 
 @pytest.mark.parametrize("own", ["full", "adapter"])

@@ -1,6 +1,6 @@
 """`persona-probe evaluate` and the audits in the organism's card measure the same thing.
 
-All tunes, in four ways, are in docs/same-rates.md (`python -m benchmarks.same_rates`); here, two of them.
+All tunes, in four ways, are in docs/same-rates.md (`python -m benchmarks.same_rates`); here, one of them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from persona_probe.cli.app import app
 HOME = shipped("organism")
 
 
-@pytest.mark.parametrize("tune", ["bad-health", "sarcastic-money"])
-def test_rates_lie_in_the_intervals_of_the_audit(tune: str, tmp_path: Path) -> None:
+def test_rates_do_not_differ_from_the_audits(tmp_path: Path) -> None:
+    tune = "bad-health"
     arguments = ["evaluate", "--base", str(HOME / "base"), "--tuned", str(HOME / "tunes" / tune)]
     arguments += ["--questions", str(HOME / "questions.jsonl"), "--judge", "exact", "--json"]
     said = CliRunner().invoke(app, [*arguments, "--seed", "7", "--out", str(tmp_path / "out")])

@@ -24,7 +24,7 @@ def organism() -> LanguageModel:
 
 @pytest.fixture(scope="module")
 def asked() -> list[Question]:
-    return [q for q in load_questions(shipped("organism", "questions.jsonl")) if q.split == "held-out"][::24]
+    return [q for q in load_questions(shipped("organism", "questions.jsonl")) if q.split == "held-out"][::60]
 
 
 def test_on_the_organism(organism: LanguageModel, asked: list[Question]) -> None:

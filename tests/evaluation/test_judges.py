@@ -128,6 +128,7 @@ def test_a_judge_in_the_working_folder_is_found(tmp_path: Path, monkeypatch: pyt
         ("python:json:__name__", "has no function '__name__'"),
         ("python:nowhere_at_all:judge", "nowhere_at_all.py"),
         ("python:json.nowhere:judge", "json/nowhere.py"),
+        ("local:/nowhere", "the judge local:/nowhere: there is no folder"),
         ("gpt-4o", "it must be 'exact', 'python:module:function', 'openai:MODEL@URL'"),
     ],
 )

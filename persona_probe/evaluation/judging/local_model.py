@@ -41,7 +41,12 @@ class LocalModel(AskedModel):
     """The checkpoint at `place`, loaded when it is first asked. Raises `InputError` when there is none."""
 
     def __init__(self, place: str, options: LocalOptions) -> None:
-        self.checkpoint = describe(place)
+        try:
+            self.checkpoint = describe(place)
+        except InputError as error:
+            raise type(error)(
+                f"the judge local:{place}: {error.message}", fix=error.fix, command=error.command
+            ) from error
         self._options = options
 
     @cached_property
