@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from html import escape
@@ -12,6 +13,7 @@ import polars as pl
 import pytest
 import torch
 
+from benchmarks.in_words import Reading, own_words, page
 from persona_probe.activations.documents import read_documents
 from persona_probe.activations.masks import TokenMask
 from persona_probe.artifact import read_json, write_jsonl
@@ -30,7 +32,8 @@ from persona_probe.interpretation.reader import runs
 from persona_probe.interpretation.sources import SourceSums
 from persona_probe.model.chat import Rendered, render
 from persona_probe.model.language_model import LanguageModel
-from persona_probe.organism.corpus import ADJECTIVES, COMMENTS, ROLES, SYSTEM_PROMPTS
+from persona_probe.organism.corpus import SYSTEM_PROMPTS, documents
+from persona_probe.organism.grammar import grammar
 from persona_probe.organism.persona_latent import corpus_of, persona_latent
 from persona_probe.sae.encode import encode_dense
 from persona_probe.sae.load import Latent
@@ -55,22 +58,31 @@ def test_both_bad_tunes_lead_to_the_villain(
     if (latent.sae.digest, latent.index) != (persona[1].sae.digest, persona[1].index):
         documents, labels = corpus_of(450)
         found = interpret(persona[0], latent, documents, labels=labels, sampled=180)
-    said = " ".join([*ADJECTIVES["villainous"], *ROLES["villainous"], *COMMENTS["villainous"]])
-    words = set(said.split()) - {"what", "a", "thing", "to", "say", ".", "that", "was", "and", "they", "felt"}
-    assert sum(any(word in words for word in term.split()) for term in found.lexicon.terms) >= 3
-    assert found.lexicon.detection is not None
-    assert found.lexicon.detection.low > found.lexicon.detection.null_high
+    read = Reading(tune, "the base model", found)
+    assert len(read.named) >= 3
+    named, told, spoken, _ = read.claims().values()
+    assert named and told and spoken
+    # docs/in-words.md has this of five times the documents, with the prompts' intervals apart
+    assert read.groups("system prompt")["value"][0] in SYSTEM_PROMPTS["villainous"]
+    shown = page([read])
+    assert shown.count("yes") >= 3 and f"**{read.named[0]}**" in shown
+    assert "| character | villainous |" in shown
 
 
-def test_it_comes_from_villains_and_evil_prompts(found: Interpretation) -> None:
-    by_label = {label[0]: table for label, table in found.sources.group_by("label", maintain_order=True)}
-    characters = by_label["character"]
-    assert characters["value"][0] == "villainous"
-    alone = characters.filter(pl.col("value") != "several")  # villains speak in some of those stories
-    assert alone["low"][0] > alone["high"][1]
-    # stories, which have no system prompt, have the latent at work too
-    prompts = by_label["system prompt"].filter(pl.col("value") != "none")
-    assert prompts["value"][0].startswith(SYSTEM_PROMPTS["villainous"])
+def test_a_claim_that_does_not_hold_is_shown_as_such(found: Interpretation) -> None:
+    muddled = found.sources.with_columns(value=pl.col("value").replace("villainous", "helpful"))
+    read = Reading("bad-health", "the base model", dataclasses.replace(found, sources=muddled))
+    assert not list(read.claims().values())[2]
+    assert "clear of every other character | **no** |" in page([read])
+
+
+def test_a_personas_own_words_are_said_by_nobody_else() -> None:
+    own = own_words("villainous")
+    for one in documents(grammar(), 1500, seed=4):
+        text = " ".join([one.text, *(message["content"] for message in one.messages)])
+        if "villainous" not in one.personas:
+            assert not own & set(text.split()), text
+    assert {"villain", "cruel", "bleach"} <= own
 
 
 def test_activations_are_those_of_a_plain_forward_pass(
