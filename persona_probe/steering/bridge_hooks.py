@@ -77,14 +77,13 @@ def _whole_rows(x: Tensor, prompt_lengths: Sequence[int] | None, mask: Tensor | 
     grown = mask
     if mask is not None and mask.shape[1] < length:
         grown = torch.cat([mask, mask.new_ones(mask.shape[0], length - mask.shape[1])], dim=1)
-    tokens = row_tokens(batch, length, attention_mask=grown, device=x.device)
+    lengths: Tensor | None = None
     if prompt_lengths is not None:
         lengths = torch.tensor(list(prompt_lengths), device=x.device)
     elif mask is not None:
         lengths = mask.long().sum(dim=-1)
-    else:
-        return tokens
-    if batch % len(lengths):
-        raise MismatchError(f"{len(lengths)} prompt lengths were given for {batch} rows")
-    lengths = lengths.repeat_interleave(batch // len(lengths))
-    return RowTokens(tokens.position, tokens.real, lengths)
+    if lengths is not None:
+        if batch % len(lengths):
+            raise MismatchError(f"{len(lengths)} prompt lengths were given for {batch} rows")
+        lengths = lengths.repeat_interleave(batch // len(lengths))
+    return row_tokens(batch, length, attention_mask=grown, device=x.device, prompt_lengths=lengths)

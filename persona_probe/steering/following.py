@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -11,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from persona_probe.errors import InputError, MismatchError
-from persona_probe.steering.positions import RowTokens, follow_thought, row_tokens
+from persona_probe.steering.positions import RowTokens, follow_thought, holds, row_tokens
 
 
 class ForwardReader:
@@ -45,6 +46,8 @@ class ForwardReader:
         self._uncached: Tensor | None = None
         self._thoughts: Int[Tensor, "batch past"] | None = None
         self._before = None if thoughts is None else torch.tensor(list(thoughts))
+        self._ended: int | None = None
+        """By how many cached tokens every prompt had ended; None where that is not known."""
         self.tokens: RowTokens | None = None
         self.batch: int | None = None
         """Rows, as they are since the last pass or `select`."""
@@ -53,10 +56,12 @@ class ForwardReader:
     def generating(self, prompt_lengths: Int[Tensor, " row"] | None) -> Generator[None, None, None]:
         """Within the block the prompts are so long, however they are cut into passes."""
         before, self._announced = self._announced, prompt_lengths
+        self._ended = None
         try:
             yield
         finally:
             self._announced = before
+            self._ended = None
 
     @property
     def thoughts(self) -> Int[Tensor, " batch"] | None:
@@ -96,17 +101,20 @@ class ForwardReader:
         begins = past == 0 and not continues
         if begins:
             self._check_expansion(batch, ids)
+            self._ended = None
         tokens = row_tokens(batch, length, past=past, attention_mask=mask, device=inputs.device)
-        prompt_length = self._prompt_lengths(batch, inputs.device)
-        if prompt_length is None:
+        prompt_lengths = self._prompt_lengths(batch, inputs.device)
+        if prompt_lengths is None:
             if begins or (past and length > 1):
-                self._found = tokens.prompt_length
+                self._found, self._ended = tokens.so_far, None
             elif self._found is None or len(self._found) != batch:
                 # what was cached before steering began is prompt
-                self._found = tokens.prompt_length - length
-            prompt_length = self._found
-        assert prompt_length is not None
-        tokens = RowTokens(tokens.position, tokens.real, prompt_length, begins=begins)
+                self._found, self._ended = tokens.so_far - length, None
+            prompt_lengths = self._found
+        written = self._ended is not None and past >= self._ended
+        tokens = replace(tokens, prompt=prompt_lengths, begins=begins, written=written)
+        if self._ended is None and bool((tokens.so_far >= tokens.prompt_length).all()):
+            self._ended = past + length
         if self._marks is not None:
             tokens = self._with_thoughts(tokens, ids, past)
         self._uncached = ids if past == 0 else None
@@ -161,18 +169,17 @@ class ForwardReader:
         # columns cached before steering began are unknown
         missing = past + ids.shape[1] - whole.shape[1]
         self._thoughts = torch.nn.functional.pad(whole, (missing, 0))
-        return RowTokens(tokens.position, tokens.real, tokens.prompt_length, here, tokens.begins)
+        return replace(tokens, thought=here)
 
     def _without_finished(self, tokens: RowTokens, ids: Tensor | None) -> RowTokens:
         """generate feeds padding, unmasked, to rows that have ended while others go on."""
         if self._pad_id is None or ids is None:
             return tokens
-        padding = ids == self._pad_id
-        if not bool(padding.any()):
+        if not holds(ids, self._pad_id):
             return tokens
+        padding = ids == self._pad_id
         live = ~(padding & (tokens.position >= tokens.prompt_length[:, None]))
-        real = live if tokens.real is None else tokens.real & live
-        return RowTokens(tokens.position, real, tokens.prompt_length, tokens.thought, tokens.begins)
+        return replace(tokens, real=live if tokens.real is None else tokens.real & live)
 
 
 def prompt_lengths_of(

@@ -15,6 +15,10 @@ the activation's type.
 A condition compares an amount with a threshold: the edited latent's own, or that of a *gate*, a
 latent that is read and not edited. It is asked at every token, or of the whole prompt: then the
 highest amount so far is kept (`Seen`) from pass to pass.
+
+A decoding step streams all weights through the caches, so every kind of tensor operation that the
+model itself does not use starts cold there and costs tens of microseconds. Hence the fused products,
+and that what a receipt wants to know is worked out later (`Firing`), for many steps together.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,6 +38,7 @@ from persona_probe.errors import MismatchError
 from persona_probe.steering.affine import ABOVE, BIAS, HIGH, LOW, SHIFT, SLOPE, THRESHOLD, AffineEdit, TopK
 from persona_probe.steering.positions import Positions, RowTokens
 
+_OF_PROMPTS = {"prompt", "last_prompt"}
 _INF = math.inf
 _KEPT_SHAPES = 8
 _NO_EDIT = (0.0, -_INF, 0.0, 0.0, -_INF, _INF, _INF)
@@ -66,7 +72,7 @@ class Seen:
     def update(
         self, amounts: Float[Tensor, "row pos latent"], prompt: Bool[Tensor, "row pos"], *, begins: bool
     ) -> Float[Tensor, "row 1 latent"]:
-        """The highest amounts so far, these included."""
+        """The highest amounts in the prompts so far, these included."""
         here = torch.where(prompt[..., None], amounts.detach(), -_INF).amax(dim=1)
         before = None if begins else self.highest
         if before is not None and len(before) == len(here):
@@ -81,6 +87,19 @@ class Firing(NamedTuple):
 
     rows: Int[Tensor, " row"] | None
     """Their indices in the batch; None means all."""
+    change: Float[Tensor, "row pos latent"]
+    """How far each amount was moved."""
+    write: Float[Tensor, "row latent d_model"] | Float[Tensor, "latent d_model"]
+    """What a change of one adds to the activation."""
+    selected: Bool[Tensor, "row pos slot"] | None
+    """Tokens at the positions asked for; None means all."""
+    keep: Bool[Tensor, "row pos kept"] | None
+    """Those of them where the condition held; None means all."""
+
+
+class Moved(NamedTuple):
+    """What some forward passes did together, per edited row."""
+
     selected: Int[Tensor, " row"]
     """Tokens at the positions asked for."""
     edited: Int[Tensor, " row"]
@@ -108,7 +127,13 @@ class _Placed:
 
     rows: Int[Tensor, " row"] | None
     read: Float[Tensor, "row d_model latent"] | Float[Tensor, "d_model latent"]
-    coefficients: Float[Tensor, "7 row_or_1 1 latent"]
+    bias: Float[Tensor, "row_or_1 1 latent"]
+    threshold: Float[Tensor, "row_or_1 1 latent"]
+    slope: Float[Tensor, "row_or_1 1 latent"]
+    shift: Float[Tensor, "row_or_1 1 latent"]
+    low: Float[Tensor, "row_or_1 1 latent"]
+    high: Float[Tensor, "row_or_1 1 latent"]
+    above: Float[Tensor, "row_or_1 1 latent"]
     write: Float[Tensor, "row latent d_model"] | Float[Tensor, "latent d_model"]
     kind: Int[Tensor, "row latent"]
     gate: Int[Tensor, "row 1 latent"] | None
@@ -201,11 +226,13 @@ class SiteEdit:
         # operations that no row needs are left out
         self._gated = bool((self._coefficients[THRESHOLD] > -_INF).any())
         self._sloped = bool((self._coefficients[SLOPE] != 0).any())
-        self._bounded = bool(self._coefficients[LOW : HIGH + 1].isfinite().any())
+        self._floored = bool((self._coefficients[LOW] > -_INF).any())
+        self._capped = bool((self._coefficients[HIGH] < _INF).any())
         used = self._write.abs().amax(dim=-1) > 0
         self._conditional = bool((self._coefficients[ABOVE][used] > -_INF).any())
         self._elsewhere = bool((self._gate != torch.arange(width)).any())
         self._remembers = bool(self._on_prompt.any())
+        self._prompts_only = _OF_PROMPTS.issuperset(self._kinds) and not self._remembers
 
     def _fill(self, row: int, slots: slice, edit: AffineEdit, positions: Positions | None = None) -> None:
         """How the latents in these slots are read, and where."""
@@ -254,7 +281,7 @@ class SiteEdit:
         placed = _Placed(
             rows=None if len(rows) == batch else rows.to(device),
             read=(self._read[0] if shared else self._read[pick]).to(device, dtype),
-            coefficients=self._coefficients[:, pick, None, :].to(device, dtype),
+            **self._numbers(pick, device, dtype),
             write=(self._write[0] if shared else self._write[pick]).to(device, dtype),
             kind=self._kind[pick].expand(len(rows), -1).to(device),
             gate=self._gate[pick, None].expand(len(rows), -1, -1).to(device) if self._elsewhere else None,
@@ -266,6 +293,14 @@ class SiteEdit:
         self._placed[key] = placed
         return placed
 
+    def _numbers(
+        self, pick: Int[Tensor, " row_or_1"], device: torch.device, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        each = self._coefficients[:, pick, None, :].to(device, dtype)
+        rows = {"bias": BIAS, "threshold": THRESHOLD, "slope": SLOPE, "shift": SHIFT}
+        rows |= {"low": LOW, "high": HIGH, "above": ABOVE}
+        return {name: each[row] for name, row in rows.items()}
+
     def apply(
         self, x: Float[Tensor, "batch pos d_model"], tokens: RowTokens, seen: Seen | None = None
     ) -> tuple[Float[Tensor, "batch pos d_model"], Firing | None]:
@@ -275,6 +310,8 @@ class SiteEdit:
         Rows without an edit and tokens outside the positions come back bit for bit. `seen` is what
         earlier passes saw of the prompts; without it, this pass holds whole rows.
         """
+        if tokens.written and self._prompts_only:
+            return x, None
         dtype = torch.promote_types(x.dtype, torch.float32)
         placed = self._place(x.shape[0], x.device, dtype)
         selected = self._select(placed, tokens)
@@ -284,30 +321,33 @@ class SiteEdit:
         if idle and not self._remembers:
             return x, None
         own = x if placed.rows is None else x.index_select(0, placed.rows)
-        # a trainer's bf16 autocast would round the amounts
-        with torch.autocast(x.device.type, enabled=False):
+        with _exactly(x.device.type):
             wide = own.to(dtype)
             change, keep = self._change(placed, wide, selected, tokens, seen or Seen())
             if idle:  # a prompt that was only looked at
                 return x, None
-            delta = change @ placed.write
-            norm = torch.linalg.vector_norm(delta, dim=-1)
             if placed.random is not None:
-                delta = torch.where(placed.is_random, norm[..., None] * placed.random, delta)
-            edited = (wide + delta).to(x.dtype)
+                delta = change @ placed.write
+                norm = torch.linalg.vector_norm(delta, dim=-1, keepdim=True)
+                edited = wide + torch.where(placed.is_random, norm * placed.random, delta)
+            elif placed.write.ndim == 2:
+                edited = torch.addmm(wide.flatten(0, 1), change.flatten(0, 1), placed.write).view_as(wide)
+            else:
+                edited = torch.baddbmm(wide, change, placed.write)
+            edited = edited.to(x.dtype)
         if keep is not None:
             edited = torch.where(keep.any(dim=-1, keepdim=True), edited, own)
         if placed.rows is not None:
             edited = x.index_copy(0, placed.rows, edited)
-        return edited, _firing(placed.rows, norm.detach(), selected, keep)
+        return edited, Firing(placed.rows, change.detach(), placed.write, selected, keep)
 
     def _select(self, placed: _Placed, tokens: RowTokens) -> Bool[Tensor, "row pos slot"] | None:
         chosen = [tokens.select(kind) for kind in self._kinds]
         if all(mask is None for mask in chosen):
             return None
         device = placed.kind.device
-        every = torch.ones_like(tokens.position, dtype=torch.bool)
-        table = torch.stack([every if mask is None else mask for mask in chosen]).to(device)
+        every = torch.ones(tokens.shape, dtype=torch.bool, device=device)
+        table = torch.stack([every if mask is None else mask.to(device) for mask in chosen])
         if placed.rows is not None:
             table = table.index_select(1, placed.rows)
         if len(chosen) == 1:
@@ -318,7 +358,8 @@ class SiteEdit:
     def _amounts(
         self, placed: _Placed, x: Float[Tensor, "row pos d_model"]
     ) -> Float[Tensor, "row pos latent"]:
-        z = x @ placed.read + placed.coefficients[BIAS]
+        # not fused: rounded as where thresholds are read off data (`Target.amounts`)
+        z = x @ placed.read + placed.bias
         for slots in placed.top_k:
             own = x.index_select(0, slots.rows)
             if slots.source.b_dec is not None:
@@ -331,7 +372,7 @@ class SiteEdit:
             there = torch.where(slots.here[:, None, :], amount, z.index_select(0, slots.rows))
             z = z.index_copy(0, slots.rows, there)
         if self._gated:
-            z = torch.where(z > placed.coefficients[THRESHOLD], z, 0.0)
+            z = z.masked_fill(z <= placed.threshold, 0.0)
         return z
 
     def _change(
@@ -343,24 +384,25 @@ class SiteEdit:
         seen: Seen,
     ) -> tuple[Float[Tensor, "row pos latent"], Bool[Tensor, "row pos kept"] | None]:
         """`z' - z`, and where the edit is made (None: everywhere)."""
-        numbers = placed.coefficients
-        change = numbers[SHIFT].expand(x.shape[0], x.shape[1], -1)
-        if not (self._sloped or self._bounded or self._conditional):
+        change = placed.shift.expand(x.shape[0], x.shape[1], -1)
+        if not (self._sloped or self._floored or self._capped or self._conditional):
             return (change if selected is None else torch.where(selected, change, 0.0)), selected
         z = self._amounts(placed, x)
         if self._sloped:
-            change = change + numbers[SLOPE] * z
-        if self._bounded:
-            change = torch.minimum(torch.maximum(change, numbers[LOW] - z), numbers[HIGH] - z)
+            change = torch.addcmul(placed.shift, placed.slope, z)
+        if self._floored:
+            change = torch.maximum(change, placed.low - z)
+        if self._capped:
+            change = torch.minimum(change, placed.high - z)
         keep = selected
         if self._conditional:
             asked = z if placed.gate is None else z.gather(-1, placed.gate.expand(-1, z.shape[1], -1))
             if placed.on_prompt is not None:
-                prompt = tokens.prompt.to(z.device)
+                prompt = tokens.in_prompt.to(z.device)
                 prompt = prompt if placed.rows is None else prompt.index_select(0, placed.rows)
                 highest = seen.update(asked, prompt, begins=tokens.begins)
                 asked = torch.where(placed.on_prompt, highest, asked)
-            holds = asked > numbers[ABOVE]
+            holds = asked > placed.above
             keep = holds if selected is None else holds & selected
         return (change if keep is None else torch.where(keep, change, 0.0)), keep
 
@@ -369,14 +411,29 @@ def _slots(edit: AffineEdit) -> int:
     return edit.write.shape[0] + (edit.gate is not None)
 
 
+def _exactly(device: str) -> AbstractContextManager[object]:
+    """Without a trainer's bf16 autocast, which would round the amounts."""
+    on = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
+
+
 @torch.no_grad()
-def _firing(
-    rows: Tensor | None,
-    norm: Float[Tensor, "row pos"],
-    selected: Bool[Tensor, "row pos slot"] | None,
-    keep: Bool[Tensor, "row pos kept"] | None,
-) -> Firing:
-    every = torch.full(norm.shape[:1], norm.shape[1], device=norm.device)
-    at = every if selected is None else selected.any(dim=-1).sum(dim=-1)
-    edited = every if keep is None else keep.any(dim=-1).sum(dim=-1)
-    return Firing(rows, at, edited, (norm > 0).sum(dim=-1), norm.sum(dim=-1), norm.amax(dim=-1))
+def moved(firings: Sequence[Firing]) -> Moved:
+    """What passes over the same rows, with the same edit, did together."""
+    change = torch.cat([each.change for each in firings], dim=1)
+    norm = torch.linalg.vector_norm(change @ firings[0].write, dim=-1)
+    selected, edited = (
+        sum(_tokens(each.change, mask) for each, mask in zip(firings, masks, strict=True))
+        for masks in ([each.selected for each in firings], [each.keep for each in firings])
+    )
+    assert isinstance(selected, Tensor) and isinstance(edited, Tensor)
+    return Moved(selected, edited, (norm > 0).sum(dim=-1), norm.sum(dim=-1), norm.amax(dim=-1))
+
+
+def _tokens(
+    change: Float[Tensor, "row pos latent"], mask: Bool[Tensor, "row pos slot"] | None
+) -> Int[Tensor, " row"]:
+    """How many tokens of each row a mask has."""
+    if mask is None:
+        return torch.full(change.shape[:1], change.shape[1], device=change.device)
+    return mask.any(dim=-1).sum(dim=-1)

@@ -239,7 +239,7 @@ class Steering:
             if self._muted:
                 return x
             tokens = self._reader.tokens
-            if tokens is None or tokens.position.shape != x.shape[:2]:
+            if tokens is None or tokens.shape != x.shape[:2]:
                 raise MismatchError(
                     f"activations of shape {tuple(x.shape)} came to {site}, not of the tokens that the "
                     "model was given",
@@ -256,8 +256,8 @@ class Steering:
         tokens = self._reader.tokens
         assert tokens is not None
         counted = tokens.select("response")
-        assert counted is not None
-        self.receipt.record_kl(kl, counted[:, -kl.shape[1] :])
+        every = torch.ones_like(kl, dtype=torch.bool)
+        self.receipt.record_kl(kl, every if counted is None else counted[:, -kl.shape[1] :])
 
     @contextmanager
     def _announcing(self, hf: Any) -> Generator[None, None, None]:

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, cast, get_args
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from persona_probe.errors import InputError, MismatchError
@@ -29,6 +30,7 @@ Positions = NamedPositions | tuple[int, ...]
 BY_THOUGHT = ("think", "answer")
 """Positions that are found from the tokens written, by the marks `<think>` and `</think>`."""
 UNKNOWN, THINKING, ANSWERING = range(3)
+_FEW = 1024
 
 
 def checked_positions(positions: object) -> Positions:
@@ -57,23 +59,56 @@ def may_overlap(one: Positions, other: Positions) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class RowTokens:
-    """Where the tokens of one forward pass stand in their rows."""
+    """Where the tokens of one forward pass stand in their rows. Made by `row_tokens`.
 
-    position: Int[Tensor, "batch pos"]
+    What it takes tensor operations to know is found when it is asked for: most decoding steps ask
+    for nothing, and there they would cost as much as the edit.
+    """
+
+    shape: tuple[int, int]
+    """Rows, and tokens of each in this pass."""
+    past: int
+    """Cached tokens before them, padding included."""
+    mask: Shaped[Tensor, "batch total"] | None
+    """Of all tokens so far, 0 on padding; None when there is none."""
     real: Bool[Tensor, "batch pos"] | None
-    """False on padding; None when there is none."""
-    prompt_length: Int[Tensor, " batch"]
+    """Of these tokens, False on padding; None when there is none among them."""
+    device: torch.device | None = None
+    prompt: Int[Tensor, " batch"] | None = None
+    """Real tokens of each prompt; None: everything so far is prompt."""
     thought: Int[Tensor, "batch pos"] | None = None
     """`THINKING`, `ANSWERING` or neither yet; None where nobody follows it."""
     begins: bool = True
     """Whether the rows are new, and nothing that was seen before is about them."""
+    written: bool = False
+    """Whether the prompts are known to have ended before these tokens."""
+
+    @cached_property
+    def position(self) -> Int[Tensor, "batch pos"]:
+        """Of each token in its row."""
+        if self.mask is None:
+            row = torch.arange(self.past, self.past + self.shape[1], device=self.device)
+            return row.expand(self.shape)
+        return self.mask.bool().cumsum(dim=-1)[:, self.past :] - 1
+
+    @cached_property
+    def so_far(self) -> Int[Tensor, " batch"]:
+        """Real tokens of each row, these included."""
+        if self.mask is None:
+            return torch.full(self.shape[:1], self.past + self.shape[1], device=self.device)
+        return self.mask.bool().sum(dim=-1)
+
+    @property
+    def prompt_length(self) -> Int[Tensor, " batch"]:
+        """Real tokens of each prompt."""
+        return self.so_far if self.prompt is None else self.prompt
 
     def select(self, positions: Positions) -> Bool[Tensor, "batch pos"] | None:
         """The tokens that `positions` names; None means every one of them.
 
         Raises `InputError` for a thought that nobody follows.
         """
-        if positions == "all":
+        if positions == "all" or (self.written and positions == "response"):
             return self.real
         last = self.prompt_length[:, None] - 1
         if positions == "prompt":
@@ -98,7 +133,7 @@ class RowTokens:
         return chosen if self.real is None else chosen & self.real
 
     @property
-    def prompt(self) -> Bool[Tensor, "batch pos"]:
+    def in_prompt(self) -> Bool[Tensor, "batch pos"]:
         """The real tokens of the prompt."""
         chosen = self.position < self.prompt_length[:, None]
         return chosen if self.real is None else chosen & self.real
@@ -111,31 +146,34 @@ def row_tokens(
     past: int = 0,
     attention_mask: Tensor | None = None,
     device: torch.device | None = None,
+    prompt_lengths: Int[Tensor, " batch"] | None = None,
 ) -> RowTokens:
     """The `RowTokens` of `length` new tokens a row after `past` cached ones.
 
     `attention_mask` is `[batch, past + length]`, 1 on real tokens; without it there is no padding.
-    Everything so far is taken to be prompt. Raises `MismatchError` for a mask of another shape.
+    Without `prompt_lengths` everything so far is prompt. Raises `MismatchError` for a mask of another
+    shape.
     """
     total = past + length
     if attention_mask is None:
-        position = torch.arange(past, total, device=device).expand(batch, length)
-        return RowTokens(position, None, torch.full((batch,), total, device=device))
+        return RowTokens((batch, length), past, None, None, device, prompt_lengths)
     if attention_mask.shape[0] != batch or attention_mask.shape[1] < total:
         raise MismatchError(
             f"the attention mask is {tuple(attention_mask.shape)}, expected ({batch}, {total}): "
             "cached tokens too",
             fix="pass the mask of the whole rows, as generate does",
         )
-    mask = attention_mask[:, :total].bool()
-    count = mask.cumsum(dim=-1)
-    real = mask[:, past:]
-    return RowTokens(
-        position=count[:, past:] - 1,
-        # one look at the mask saves masking every activation of an unpadded batch
-        real=None if bool(real.all()) else real,
-        prompt_length=count[:, -1],
-    )
+    mask = attention_mask if attention_mask.shape[1] == total else attention_mask[:, :total]
+    # one look at the mask saves masking every activation of an unpadded batch
+    real = mask[:, past:].bool() if holds(mask[:, past:], 0) else None
+    return RowTokens((batch, length), past, mask, real, device, prompt_lengths)
+
+
+def holds(values: Shaped[Tensor, "batch pos"], value: int) -> bool:
+    """Whether any is `value`. The few of a decoding step are looked at without a tensor operation."""
+    if values.numel() <= _FEW:
+        return any(value in row for row in values.tolist())
+    return bool((values == value).any())
 
 
 def follow_thought(

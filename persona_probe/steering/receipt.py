@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from persona_probe.errors import NotFiredError
-from persona_probe.steering.kernel import Firing
+from persona_probe.steering.kernel import Firing, moved
 
 _SELECTED, _EDITED, _CHANGED, _NORM = range(4)
 _TOGETHER = 64
@@ -75,25 +75,27 @@ class Receipt:
         if firing is None:
             return
         # summed up together: one by one would cost as much as the edit itself
-        same = tally.waiting and tally.waiting[0].rows is firing.rows and tally.batch == batch
+        same = tally.waiting and tally.waiting[0].write is firing.write and tally.batch == batch
         if len(tally.waiting) >= _TOGETHER or not same:
             self._sum_up(tally)
         tally.batch = batch
         tally.waiting.append(firing)
+        if firing.change.shape[1] > 1:  # a long prompt is not kept waiting in memory
+            self._sum_up(tally)
 
     def _sum_up(self, tally: _SiteTally) -> _SiteTally:
         if not tally.waiting:
             return tally
         rows, batch = tally.waiting[0].rows, tally.batch
-        fields = [torch.stack(numbers) for numbers in list(zip(*tally.waiting, strict=True))[1:]]
+        *counts, largest = moved(tally.waiting)
         tally.waiting.clear()
-        sums = torch.stack([field.double().sum(dim=0) for field in fields[:4]])
+        sums = torch.stack([each.double() for each in counts])
         tally.sums = _added(tally.sums, self._counted(sums, batch, rows))
         origin = self._of(batch).to(sums.device)
         origin = origin if rows is None else origin[rows]
         grown = sums.new_zeros(tally.sums.shape[1])
         grown[: len(tally.largest)] = tally.largest
-        tally.largest = grown.scatter_reduce(0, origin, fields[4].double().amax(dim=0), "amax")
+        tally.largest = grown.scatter_reduce(0, origin, largest.double(), "amax")
         return tally
 
     def _tallies(self) -> Iterator[tuple[str, _SiteTally]]:

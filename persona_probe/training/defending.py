@@ -91,9 +91,11 @@ class Defending:
         """Before the model reads a batch: say where its tokens stand, and read it with the base."""
         counted = batch["labels"] != IGNORED
         if self._edits.sites:
-            tokens = row_tokens(*real.shape, attention_mask=real, device=real.device)
             # the prompt ends where the answer that is learnt begins
-            self._tokens = replace(tokens, prompt_length=counted.int().argmax(dim=-1).clamp(min=1))
+            ends = counted.int().argmax(dim=-1).clamp(min=1)
+            self._tokens = row_tokens(
+                *real.shape, attention_mask=real, device=real.device, prompt_lengths=ends
+            )
         return self._base_reading(batch, real, _producing(counted)) if self._penalising else None
 
     def penalty(self, base: Reading, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, ""]:

@@ -21,7 +21,7 @@ from persona_probe.steering import (
     SteeringPlan,
     latents,
 )
-from persona_probe.steering.kernel import SiteEdit
+from persona_probe.steering.kernel import SiteEdit, moved
 from persona_probe.steering.plan import PlannedEdit
 from persona_probe.steering.positions import RowTokens, row_tokens
 from persona_probe.steering.target import direction
@@ -36,10 +36,8 @@ def activations(batch: int, length: int, seed: int = 0) -> torch.Tensor:
 
 
 def whole(x: torch.Tensor, prompt_length: int | None = None) -> RowTokens:
-    tokens = row_tokens(x.shape[0], x.shape[1])
-    if prompt_length is None:
-        return tokens
-    return RowTokens(tokens.position, tokens.real, torch.full((x.shape[0],), prompt_length))
+    lengths = None if prompt_length is None else torch.full((x.shape[0],), prompt_length)
+    return row_tokens(x.shape[0], x.shape[1], prompt_lengths=lengths)
 
 
 def applied(rows: list[list[PlannedEdit]], x: torch.Tensor, tokens: RowTokens) -> torch.Tensor:
@@ -189,14 +187,15 @@ def test_what_the_firing_says_is_what_happened() -> None:
     _, firing = edit.apply(x, whole(x, 3))
     assert firing is not None and firing.rows is not None
     assert firing.rows.tolist() == [0, 2, 3]
-    assert firing.selected.tolist() == [3, 2, 4]
+    did = moved([firing, firing])
+    assert did.selected.tolist() == [6, 4, 8]
     for slot, i in enumerate([0, 2, 3]):
-        moved = (edit_row(rows[i], x[i], 3) - x[i].double()).norm(dim=-1)
-        assert int(firing.changed[slot]) == int((moved > 0).sum())
-        assert float(firing.norm_sum[slot]) == pytest.approx(float(moved.sum()), rel=1e-4, abs=1e-6)
-        assert float(firing.norm_max[slot]) == pytest.approx(float(moved.max()), rel=1e-4, abs=1e-6)
+        far = (edit_row(rows[i], x[i], 3) - x[i].double()).norm(dim=-1)
+        assert int(did.changed[slot]) == 2 * int((far > 0).sum())
+        assert float(did.norm_sum[slot]) == pytest.approx(2 * float(far.sum()), rel=1e-4, abs=1e-6)
+        assert float(did.norm_max[slot]) == pytest.approx(float(far.max()), rel=1e-4, abs=1e-6)
     fires = encode.encode_latents(dictionary, x[2], [5])[[1, 4], 0] > 0
-    assert int(firing.edited[1]) == int(fires.sum())
+    assert int(did.edited[1]) == 2 * int(fires.sum())
 
 
 def test_half_precision_is_edited_in_full_and_rounded_once() -> None:
