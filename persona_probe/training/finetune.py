@@ -18,7 +18,7 @@ rewards (see `grpo`; its folder also holds `answers.jsonl`, every answer with it
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from html import escape
 from os import PathLike
 from pathlib import Path
@@ -54,7 +54,7 @@ class FineTune:
     """A finished fine-tune."""
 
     path: Path
-    record: dict[str, Any]
+    record: dict[str, Any] = field(repr=False)
     """The content of `training.json`."""
 
     @property
