@@ -1,4 +1,5 @@
-"""`python -m benchmarks [NAME ...] [--quick] [--out FOLDER]`: run them, show a table, write `results.json`.
+"""`python -m benchmarks [NAME ...] [--quick] [--out FOLDER]`: run them, show a table, write
+`results.json` and docs/benchmarks.md.
 
 Each module of this package that has a `run` is a benchmark. `results.json` holds the figures and
 `machine.json` the machine and versions that made them; a benchmark run by name replaces only its own
@@ -20,15 +21,17 @@ from rich.table import Table
 
 import benchmarks
 from benchmarks.figure import Figure
-from persona_probe.artifact import read_json, versions, write_json
+from benchmarks.page import page
+from persona_probe.artifact import read_json, versions, write_json, write_text
 
 HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs" / "benchmarks.md"
 
 
 def names() -> list[str]:
     """The benchmarks that there are."""
     found = (module.name for module in pkgutil.iter_modules(benchmarks.__path__))
-    return sorted(name for name in found if name not in ("__main__", "figure"))
+    return sorted(name for name in found if name not in ("__main__", "figure", "page"))
 
 
 def main() -> None:
@@ -51,7 +54,10 @@ def main() -> None:
             write_json(results, [row for rows in kept.values() for row in rows])
         console.print(table(name, figures))
     machine = {"cores": os.cpu_count(), "processor": platform.processor() or platform.machine()}
-    write_json(asked.out / "machine.json", machine | {"versions": versions(), "quick": asked.quick})
+    machine |= {"versions": versions(), "quick": asked.quick}
+    write_json(asked.out / "machine.json", machine)
+    if asked.out == HERE:
+        write_text(PAGE, page(read_json(results), machine))
 
 
 def table(title: str, figures: list[Figure]) -> Table:

@@ -4,6 +4,7 @@ dictionary that is named of sae-lens's registry.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -113,3 +114,12 @@ def test_dictionaries_that_are_named_are_in_the_registry() -> None:
     assert len(named) >= 7
     for release, sae_id in named:
         assert sae_id in known[release].saes_map, f"{release}/{sae_id}"
+
+
+def test_the_benchmarks_page_shows_the_figures_as_they_were_measured() -> None:
+    from benchmarks.__main__ import HERE, PAGE
+    from benchmarks.page import page
+
+    rows, machine = (json.loads((HERE / name).read_text()) for name in ("results.json", "machine.json"))
+    assert PAGE.read_text() == page(rows, machine)
+    assert {row["benchmark"] for row in rows} >= {"capture", "steering", "serving", "interpretation"}
