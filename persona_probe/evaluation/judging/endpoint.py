@@ -94,7 +94,7 @@ class Endpoint(AskedModel):
                     if last:
                         raise JudgeError(
                             f"the judge at {self.url} cannot be reached ({type(error).__name__}: {error})",
-                            fix="start its server, or correct the URL behind '@' in --judge",
+                            fix="start its server, or correct the URL behind '@'",
                         ) from error
                     pause(backoff(self._options.backoff, 1), threading.Event())
                 else:
