@@ -30,6 +30,7 @@ from persona_probe.activations.stream import Chunk
 from persona_probe.activations.writing import write_store
 from persona_probe.artifact import StrPath
 from persona_probe.errors import InputError
+from persona_probe.execution import Share
 from persona_probe.figures.norms import norms
 from persona_probe.model.language_model import LanguageModel
 from persona_probe.model.pair import ModelPair
@@ -113,6 +114,7 @@ def capture(
     sink_factor: float | None = 10.0,
     shard_tokens: int | None = None,
     overwrite: bool = False,
+    share: Share | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Capture:
     """Read `data` with `models` and keep the activations of the tokens that `mask` counts (all, by default).
@@ -128,6 +130,7 @@ def capture(
         sink_factor: leave out tokens whose norm is so many times their document's median; None: none.
         shard_tokens: tokens of a shard; by default as many as make 256 MiB.
         overwrite: throw away what `out` holds.
+        share: which shards to do, where several processes share `out`.
         progress: called with the tokens that are done and all of them.
 
     Raises:
@@ -136,12 +139,13 @@ def capture(
         InputError: nothing to read, a mask that leaves nothing, `out` holds something else.
         DiskFullError: the activations will not fit; nothing was written.
         NonFiniteError: a NaN or infinity, naming model, site and document.
+        UnfinishedError: this share is done, and others have shards to do.
     """
     plan = plan_capture(
         models, data, sites, mask, dtype=dtype, batch_tokens=batch_tokens,
         sink_factor=sink_factor, shard_tokens=shard_tokens,
     )  # fmt: skip
-    return run_capture(plan, out, overwrite=overwrite, progress=progress)
+    return run_capture(plan, out, overwrite=overwrite, share=share, progress=progress)
 
 
 def run_capture(
@@ -149,20 +153,23 @@ def run_capture(
     out: StrPath | None = None,
     *,
     overwrite: bool = False,
+    share: Share | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Capture:
     """Do what was planned; see `capture`."""
+    if share is not None and share.of > 1 and out is None:
+        raise InputError("several processes capture to the disk", fix="give them the same out=")
     store: ActivationStore | None = None
     shards: tuple[Shard, ...] = ()
-    done = None if progress is None else _in_tokens(plan, progress)
+    done = None if progress is None else _in_tokens(plan, share or Share(), progress)
     if out is not None:
-        store = write_store(Path(out), plan, plan.compute, overwrite=overwrite, progress=done)
+        store = write_store(Path(out), plan, plan.compute, overwrite=overwrite, share=share, progress=done)
         account = [store.shard(number) for number in range(len(plan.bounds))]
     else:
         for number in range(len(plan.bounds)):
             shards += (plan.compute(number),)
             if done is not None:
-                done(number + 1)
+                done(number)
         account = shards
     conversations = plan.conversations
     return Capture(
@@ -177,9 +184,20 @@ def run_capture(
     )
 
 
-def _in_tokens(plan: CapturePlan, progress: Callable[[int, int], None]) -> Callable[[int], None]:
-    total = int(plan.survey.tokens.sum())
-    return lambda done: progress(int(plan.survey.tokens[: plan.bounds[done - 1][1]].sum()), total)
+def _in_tokens(
+    plan: CapturePlan, share: Share, progress: Callable[[int, int], None]
+) -> Callable[[int], None]:
+    """What is told the number of each shard that is done, and tells the tokens done and to do."""
+    sizes = [int(plan.survey.tokens[first:last].sum()) for first, last in plan.bounds]
+    total = sum(size for number, size in enumerate(sizes) if number in share)
+    read = 0
+
+    def told(number: int) -> None:
+        nonlocal read
+        read += sizes[number]
+        progress(read, total)
+
+    return told
 
 
 def _table(plan: CapturePlan, shards: Sequence[Shard]) -> pl.DataFrame:

@@ -55,12 +55,16 @@ def atomic_file(path: StrPath) -> Generator[Path, None, None]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
     with disk_full_named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o666)
+        # held while the file is being filled: see `remove_partials`
+        fcntl.flock(handle, fcntl.LOCK_EX)
         try:
             yield temporary
             _sync(temporary)
             temporary.replace(path)
             _sync(path.parent)
         finally:
+            os.close(handle)
             temporary.unlink(missing_ok=True)
 
 
@@ -80,8 +84,6 @@ def atomic_folder(path: StrPath, *, overwrite: bool = False) -> Generator[Path, 
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
         temporary.mkdir()
         handle = os.open(temporary, os.O_RDONLY)
-        # held while the folder is being filled, so that no other process takes it for an abandoned
-        # one
         fcntl.flock(handle, fcntl.LOCK_EX)
         try:
             yield temporary
@@ -113,7 +115,9 @@ def _recover(path: Path) -> None:
 
 
 def remove_partials(folder: Path, name: str = "*") -> None:
-    """Remove what killed writers left of `folder/name` (a glob), not what is being filled."""
+    """Remove what killed writers left of `folder/name` (a glob), not what another process is filling:
+    that is locked.
+    """
     for entry in folder.glob(f".{name}.*{_PARTIAL}"):
         try:
             handle = os.open(entry, os.O_RDONLY)

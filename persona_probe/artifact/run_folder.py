@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,24 +21,38 @@ SETTINGS = "settings.json"
 _LOCK = ".lock"
 _STAGES = ".stages"
 _MISSING = object()
+_PATIENCE = 10.0
+"""Seconds that a process waits for another of the same run to write the settings."""
 
 
 class RunFolder:
-    """A run's output folder, held by this process alone until `close`.
+    """A run's output folder, held by this process (or by those that do it together) until `close`.
 
     Made by `RunFolder.open`; a context manager. A run that ends in an error before it saved
     anything leaves nothing behind; one that ends later is resumed by opening it again with the same
     settings.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, object], lock: int) -> None:
+    def __init__(
+        self, path: Path, settings: Mapping[str, object], lock: int, *, together: bool = False
+    ) -> None:
         self.path = path
         self.settings = settings
+        self._together = together
         self._lock: int | None = lock
 
     @classmethod
-    def open(cls, out: StrPath, settings: Mapping[str, object], overwrite: bool = False) -> RunFolder:
+    def open(
+        cls,
+        out: StrPath,
+        settings: Mapping[str, object],
+        overwrite: bool = False,
+        *,
+        together: bool = False,
+    ) -> RunFolder:
         """Create `out`, or take up the run in it; `settings` (see `plain`) go to `settings.json`.
+
+        With `together`, other processes may hold it too, if they open it so.
 
         Raises `BusyError` when another process holds it, and `InputError` when `out` holds anything
         else: a file, a folder that no run wrote, or a run with other settings (the first that
@@ -48,7 +63,7 @@ class RunFolder:
         _refuse_foreign(path)
         with disk_full_named(path), _writable(path):
             path.mkdir(parents=True, exist_ok=True)
-            lock = _take_lock(path)
+            lock = _join(path) if together else _take_lock(path, fcntl.LOCK_EX)
         try:
             _refuse_foreign(path)  # again: it may have been filled before the lock was taken
             remove_partials(path)
@@ -59,12 +74,14 @@ class RunFolder:
                 _refuse_other(path, read_json(path / SETTINGS)["settings"], wanted)
             else:
                 write_json(path / SETTINGS, {"written_by": "persona_probe", "settings": wanted})
+            if together:
+                fcntl.flock(lock, fcntl.LOCK_SH)
         except BaseException:
             if not (path / SETTINGS).exists():
                 _remove_untouched(path)
             os.close(lock)
             raise
-        return cls(path, settings, lock)
+        return cls(path, settings, lock, together=together)
 
     @property
     def complete(self) -> bool:
@@ -115,7 +132,7 @@ class RunFolder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is not None:
+        if kind is not None and not self._together:
             _remove_untouched(self.path)
         self.close()
 
@@ -147,13 +164,25 @@ def _refuse_foreign(path: Path) -> None:
         )
 
 
-def _take_lock(path: Path) -> int:
-    """An open handle on `path/.lock`, exclusively locked."""
+def _join(path: Path) -> int:
+    """A lock that processes share; the first of them has it alone until the settings are written."""
+    end = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return _take_lock(path, fcntl.LOCK_SH if (path / SETTINGS).is_file() else fcntl.LOCK_EX)
+        except BusyError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.02)
+
+
+def _take_lock(path: Path, kind: int) -> int:
+    """An open handle on `path/.lock`, locked as `kind` says."""
     file = path / _LOCK
     while True:
         handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, kind | fcntl.LOCK_NB)
         except BlockingIOError as error:
             holder = os.read(handle, 200).decode(errors="replace").strip()
             os.close(handle)

@@ -9,7 +9,7 @@ import typer
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 from rich.table import Table
 
-from persona_probe.cli.console import err, out, show_error, show_json, size
+from persona_probe.cli.console import err, out, show_error, show_json, show_share_done, size
 from persona_probe.errors import InputError
 
 # as activations.masks, .documents and .store have them, which load torch
@@ -39,6 +39,9 @@ def capture(
     too_long: Annotated[TooLong, typer.Option(help="What becomes of a longer one.")] = "truncate",
     field: Annotated[str | None, typer.Option(help="The column; messages or text by default.")] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Padded tokens per forward pass.")] = None,
+    shard: Annotated[
+        str | None, typer.Option(help="i/n: do this share of the work; auto under torchrun or Slurm.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Read only so many rows.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the weights: float32, bfloat16, ...")] = None,
@@ -48,7 +51,8 @@ def capture(
 ) -> None:
     """Store the activations of a model, or of a base and its fine-tune, on a file of documents.
 
-    A capture that is stopped goes on where it was when the same command is run again.
+    A capture that is stopped goes on where it was when the same command is run again; several
+    processes may share one --out.
     """
     if (model is None) == (base is None and tuned is None) or (base is None) != (tuned is None):
         raise InputError("give --model, or --base and --tuned")
@@ -58,9 +62,11 @@ def capture(
     from persona_probe.activations.capturing import run_capture
     from persona_probe.activations.documents import read_documents
     from persona_probe.activations.masks import TokenMask
+    from persona_probe.execution import UnfinishedError, read_share
     from persona_probe.model.language_model import load_model
     from persona_probe.model.pair import load_pair
 
+    share = read_share(shard)
     documents = read_documents(data, field=field, limit=limit)
     options: dict[str, Any] = {"device": device or "auto", "dtype": dtype}
     with err.status("loading"):
@@ -82,14 +88,19 @@ def capture(
         show_plan(planned, out_dir, as_json)
         return
     columns = (SpinnerColumn(), *Progress.get_default_columns(), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task("tokens", total=None)
-        done = run_capture(
-            planned,
-            out_dir,
-            overwrite=overwrite,
-            progress=lambda read, total: bar.update(task, completed=read, total=total),
-        )
+    try:
+        with Progress(*columns, console=err, transient=True) as bar:
+            task = bar.add_task("tokens", total=None)
+            done = run_capture(
+                planned,
+                out_dir,
+                overwrite=overwrite,
+                share=share,
+                progress=lambda read, total: bar.update(task, completed=read, total=total),
+            )
+    except UnfinishedError as unfinished:
+        show_share_done(share, unfinished, as_json)
+        return
     assert done.store is not None
     if as_json:
         show_json(

@@ -6,6 +6,8 @@ import json
 
 from rich.console import Console
 
+from persona_probe.errors import PersonaProbeError
+
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -32,3 +34,11 @@ def size(n_bytes: int | float) -> str:
             return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
         n_bytes /= 1024
     return f"{n_bytes:.1f} TiB"
+
+
+def show_share_done(share: object, unfinished: PersonaProbeError, as_json: bool) -> None:
+    """Say that this process did its share, and how much others have left."""
+    if as_json:
+        show_json({"share": str(share), "unfinished": unfinished.message})
+    else:
+        out.print(f"share {share} is done; {unfinished.message}", markup=False, soft_wrap=True)

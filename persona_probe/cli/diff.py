@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from persona_probe.cli.capture import TooLong
-from persona_probe.cli.console import err, out, show_error, show_json, size
-from persona_probe.cli.reading import SHARE_DONE, alone, engine_of, open_out, progress_bar, read_texts
+from persona_probe.cli.console import err, out, show_error, show_json, show_share_done, size
+from persona_probe.cli.reading import alone, engine_of, open_out, progress_bar, read_texts
 from persona_probe.errors import InputError
 
 
@@ -95,7 +95,7 @@ def diff(
         sae, questions = [str(path) for path in request.sae], str(request.questions)
     if not sae:
         raise InputError("--sae is missing", fix="a dictionary's folder, or release/sae_id of sae-lens")
-    from persona_probe.execution import read_share
+    from persona_probe.execution import UnfinishedError, read_share
     from persona_probe.model.language_model import load_model
     from persona_probe.sae.load import load_sae
 
@@ -137,10 +137,11 @@ def diff(
         return
     job.settings.update(sae=[one.digest for one in dictionaries], sae_device=sae_device)
     folder = open_out(out_dir or Path("out") / f"diff-{job.name}", job.settings, overwrite)
-    with progress_bar(as_json) as told:
-        found = job.run(folder, told)
-    if found is None:
-        out.print(SHARE_DONE.format(share), markup=False)
+    try:
+        with progress_bar(as_json) as told:
+            found = job.run(folder, told)
+    except UnfinishedError as unfinished:
+        show_share_done(share, unfinished, as_json)
         return
     with alone(folder):
         for site, one in found.items():

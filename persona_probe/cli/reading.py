@@ -19,7 +19,6 @@ from persona_probe.errors import InputError, MismatchError
 
 SETTINGS = "settings.json"
 ENGINES = ("local", "ray")
-SHARE_DONE = "share {} is done; the process that finishes last writes the results"
 
 
 @dataclass(frozen=True)

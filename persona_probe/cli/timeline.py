@@ -10,8 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from persona_probe.cli.capture import TooLong
-from persona_probe.cli.console import err, out, show_error, show_json
-from persona_probe.cli.reading import SHARE_DONE, alone, engine_of, open_out, progress_bar, read_texts
+from persona_probe.cli.console import err, out, show_error, show_json, show_share_done
+from persona_probe.cli.reading import alone, engine_of, open_out, progress_bar, read_texts
 from persona_probe.errors import InputError
 
 SHOWN_POINTS = 8
@@ -89,9 +89,9 @@ def timeline(
             raise InputError("two of --checkpoints have the same name", fix="rename one of the folders")
     if not (sae or fix):
         raise InputError("nothing to follow", fix="give --sae, or --with a fix whose directions are followed")
-    from persona_probe.diffing.timeline import UnfinishedError, points_of
+    from persona_probe.diffing.timeline import points_of
     from persona_probe.diffing.timeline import timeline as follow
-    from persona_probe.execution import read_share
+    from persona_probe.execution import UnfinishedError, read_share
     from persona_probe.model.language_model import load_model
     from persona_probe.sae.load import load_sae
 
@@ -126,8 +126,8 @@ def timeline(
                 benign=harmless, mask=texts.mask, batch_tokens=batch_tokens, device=device or "auto",
                 dtype=dtype, cache=folder / "shards", share=share, engine=run, progress=told,
             )  # type: ignore[arg-type]  # fmt: skip
-    except UnfinishedError:
-        out.print(SHARE_DONE.format(share), markup=False)
+    except UnfinishedError as unfinished:
+        show_share_done(share, unfinished, as_json)
         return
     with alone(folder):
         found.save(folder / "timeline", overwrite=True)

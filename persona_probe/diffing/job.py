@@ -46,8 +46,8 @@ def diff_by_shards(
     share: Share | None = None,
     engine: Engine = run_local,
     progress: Callable[[str, int, int], None] | None = None,
-) -> dict[str, LatentDiff] | None:
-    """The diff at each dictionary's site, or None while other processes have shards to do.
+) -> dict[str, LatentDiff]:
+    """The diff at each dictionary's site.
 
     Args:
         results: where each shard's sums are kept; the same folder for every process.
@@ -59,7 +59,8 @@ def diff_by_shards(
         progress: told what is read, and the conversations read and to read.
 
     The other arguments, and what it raises, are those of `diff`; a document that cannot be read
-    fails its shard, which `missing` of the result names.
+    fails its shard, which `missing` of the result names. Raises `UnfinishedError` while other processes
+    have shards to do.
     """
     check_sites(dictionaries)
     if isinstance(base, LanguageModel):
@@ -96,7 +97,7 @@ def store_by_shards(
     share: Share | None = None,
     engine: Engine = run_local,
     progress: Callable[[str, int, int], None] | None = None,
-) -> dict[str, LatentDiff] | None:
+) -> dict[str, LatentDiff]:
     """`diff` of a store, likewise. A shard of the store that was changed fails those that need it."""
     check_sites(dictionaries)
     check_store(store, dictionaries)
@@ -114,11 +115,10 @@ def _results(
     share: Share | None,
     engine: Engine,
     progress: Callable[[str, int, int], None] | None,
-) -> dict[str, LatentDiff] | None:
+) -> dict[str, LatentDiff]:
     reading.run(share, engine, progress)
     reading.check_any()
-    if reading.undone > len(reading.missing):
-        return None
+    reading.check_finished()
     for _, left in reading.shards():
         found.add(*left)
     return found.results(reading.missing)

@@ -38,7 +38,7 @@ from persona_probe.diffing.shards import (
 )
 from persona_probe.diffing.stored import StoredConversation, StoredConversations, StoreOpening, names_of
 from persona_probe.errors import InputError, NonFiniteError
-from persona_probe.execution import Done, Results, Share, Task, Worker, run_local
+from persona_probe.execution import Done, Results, Share, Task, UnfinishedError, Worker, run_local
 from persona_probe.model.chat import Rendered
 from persona_probe.model.checkpoint import describe, is_adapter
 from persona_probe.model.language_model import LanguageModel, load_model
@@ -255,6 +255,12 @@ class Reading:
                 f"none of the {len(self._shards)} shards could be read; the first: "
                 f"{self._why[min(self._why)]}"
             )
+
+    def check_finished(self) -> None:
+        """Raise `UnfinishedError` while other processes have shards to do."""
+        left = self.undone - len(self.missing)
+        if left:
+            raise UnfinishedError.of(left, len(self._shards))
 
     def _key(self, number: int, shard: Shard) -> str:
         first, this = self._passes[0].digest, self._passes[number].digest

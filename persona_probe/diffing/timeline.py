@@ -33,10 +33,6 @@ from persona_probe.model.language_model import LanguageModel, load_model
 from persona_probe.sae.load import Dictionary, check_fits
 
 
-class UnfinishedError(InputError):
-    """This process's share is done, and others have shards to do."""
-
-
 def timeline(
     base: Source,
     checkpoints: StrPath | Mapping[int, Source] | Mapping[str, Source],
@@ -98,12 +94,7 @@ def timeline(
         reading = Reading(passes, rendered, clusters, Results(cache or thrown_away))
         reading.run(share, engine, progress)
         reading.check_any()
-        left = reading.undone - len(reading.missing)
-        if left:
-            raise UnfinishedError(
-                f"{left} shards are still to be read, by other processes",
-                fix="when they are done, run this once more: it will only put the results together",
-            )
+        reading.check_finished()
         every = range(1 + len(points), len(passes))
         tables = [
             _at(point, [0, 1 + i, *every], reading, dictionaries, followed, width, confidence)

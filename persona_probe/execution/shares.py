@@ -13,6 +13,18 @@ _LAUNCHERS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
 """torchrun's variables, then Slurm's."""
 
 
+class UnfinishedError(InputError):
+    """This process's share is done, and others have shards to do."""
+
+    @classmethod
+    def of(cls, left: int, shards: int) -> UnfinishedError:
+        """`left` of all `shards` are not there yet."""
+        return cls(
+            f"{left} of {shards} shards are left to other processes, the last of which puts all together",
+            fix="if none did, a shard failed there: run this once more without a share",
+        )
+
+
 @dataclass(frozen=True)
 class Share:
     """Every `of`-th task from number `index` (counted from 0) on."""

@@ -28,7 +28,6 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -36,6 +35,7 @@ from torch import Tensor
 
 from persona_probe.errors import MismatchError
 from persona_probe.steering.affine import ABOVE, BIAS, HIGH, LOW, SHIFT, SLOPE, THRESHOLD, AffineEdit, TopK
+from persona_probe.steering.firing import Firing
 from persona_probe.steering.positions import Positions, RowTokens
 
 _OF_PROMPTS = {"prompt", "last_prompt"}
@@ -80,35 +80,6 @@ class Seen:
             here = torch.cat((torch.maximum(here[:, :n], before[:, :n].to(here)), here[:, n:]), dim=1)
         self.highest = here
         return here[:, None, :]
-
-
-class Firing(NamedTuple):
-    """What one forward pass did at one site, per edited row."""
-
-    rows: Int[Tensor, " row"] | None
-    """Their indices in the batch; None means all."""
-    change: Float[Tensor, "row pos latent"]
-    """How far each amount was moved."""
-    write: Float[Tensor, "row latent d_model"] | Float[Tensor, "latent d_model"]
-    """What a change of one adds to the activation."""
-    selected: Bool[Tensor, "row pos slot"] | None
-    """Tokens at the positions asked for; None means all."""
-    keep: Bool[Tensor, "row pos kept"] | None
-    """Those of them where the condition held; None means all."""
-
-
-class Moved(NamedTuple):
-    """What some forward passes did together, per edited row."""
-
-    selected: Int[Tensor, " row"]
-    """Tokens at the positions asked for."""
-    edited: Int[Tensor, " row"]
-    """Those of them where the condition held."""
-    changed: Int[Tensor, " row"]
-    """Those of them that moved."""
-    norm_sum: Float[Tensor, " row"]
-    """Realised distances moved, in units of the activation."""
-    norm_max: Float[Tensor, " row"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -415,25 +386,3 @@ def _exactly(device: str) -> AbstractContextManager[object]:
     """Without a trainer's bf16 autocast, which would round the amounts."""
     on = torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if on else nullcontext()
-
-
-@torch.no_grad()
-def moved(firings: Sequence[Firing]) -> Moved:
-    """What passes over the same rows, with the same edit, did together."""
-    change = torch.cat([each.change for each in firings], dim=1)
-    norm = torch.linalg.vector_norm(change @ firings[0].write, dim=-1)
-    selected, edited = (
-        sum(_tokens(each.change, mask) for each, mask in zip(firings, masks, strict=True))
-        for masks in ([each.selected for each in firings], [each.keep for each in firings])
-    )
-    assert isinstance(selected, Tensor) and isinstance(edited, Tensor)
-    return Moved(selected, edited, (norm > 0).sum(dim=-1), norm.sum(dim=-1), norm.amax(dim=-1))
-
-
-def _tokens(
-    change: Float[Tensor, "row pos latent"], mask: Bool[Tensor, "row pos slot"] | None
-) -> Int[Tensor, " row"]:
-    """How many tokens of each row a mask has."""
-    if mask is None:
-        return torch.full(change.shape[:1], change.shape[1], device=change.device)
-    return mask.any(dim=-1).sum(dim=-1)

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from persona_probe.errors import NotFiredError
-from persona_probe.steering.kernel import Firing, moved
+from persona_probe.steering.firing import Firing, moved
 
 _SELECTED, _EDITED, _CHANGED, _NORM = range(4)
 _TOGETHER = 64

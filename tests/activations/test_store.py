@@ -26,7 +26,8 @@ from persona_probe.activations.capture_plan import CapturePlan, plan_capture
 from persona_probe.activations.survey import shard_bounds
 from persona_probe.activations.writing import write_store
 from persona_probe.artifact import read_json, write_json
-from persona_probe.errors import DiskFullError, InputError, MismatchError, MissingPathError
+from persona_probe.errors import BusyError, DiskFullError, InputError, MismatchError, MissingPathError
+from persona_probe.execution import Share, UnfinishedError
 from persona_probe.model import LanguageModel, load_model
 from tests.activations.test_stream import conversations
 from tests.model.tiny_models import adapter_of, checkpoint_of, model_of
@@ -79,7 +80,7 @@ def copy(tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole().path, tmp_path / "copy"))
 
 
-def in_a_child(out: Path, fsync: Callable[[int], None]) -> int:
+def in_a_child(out: Path, fsync: Callable[[int], None], share: Share | None = None) -> int:
     """Write the store in a forked process, where the models are there already; its process id.
 
     Without the table that `capture` ends with: polars has threads, which do not survive a fork.
@@ -89,7 +90,7 @@ def in_a_child(out: Path, fsync: Callable[[int], None]) -> int:
         signal.alarm(30)  # a child that hangs must not hang the tests
         os.fsync = fsync  # type: ignore[assignment]
         try:
-            write_store(out, planned(), planned().compute)
+            write_store(out, planned(), planned().compute, share=share)
         finally:
             os._exit(0)
     return child
@@ -143,6 +144,29 @@ def test_killed_again_and_again_at_any_moment(tmp_path: Path) -> None:
         os.waitpid(child, 0)
     write(out)
     assert content(out) == content(whole().path)
+
+
+def test_processes_that_share_the_work_leave_the_same_bits(tmp_path: Path) -> None:
+    out = tmp_path / "at once"
+    for child in [in_a_child(out, lambda _: None, Share(index, 3)) for index in (2, 0, 1)]:
+        os.waitpid(child, 0)
+    assert content(out) == content(whole().path)
+    out = tmp_path / "one by one"
+    for index in (1, 2):
+        with pytest.raises(UnfinishedError, match="shards are left to other processes"):
+            write(out, share=Share(index, 3))
+    child = in_a_child(out, lambda _: time.sleep(20), Share(0, 3))
+    while not list(out.glob("shards/.*.partial")):
+        time.sleep(0.01)
+    with pytest.raises(BusyError, match="in use by another run"):
+        write(out)  # alone, while a share is at it
+    with pytest.raises(InputError, match="throw away what the other shares have written"):
+        write(out, share=Share(1, 3), overwrite=True)
+    with pytest.raises(InputError, match="sink_factor was 10"):
+        write(out, share=Share(1, 3), sink_factor=None)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert content(write(out, share=Share(0, 3)).path) == content(whole().path)
 
 
 def test_an_error_between_shards_loses_nothing_either(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from persona_probe.activations import ActivationStore, TokenMask, capture
 from persona_probe.diffing.diff import diff
 from persona_probe.diffing.job import store_by_shards
 from persona_probe.errors import InputError, MismatchError, NonFiniteError
-from persona_probe.execution import Results, Share
+from persona_probe.execution import Results, Share, UnfinishedError
 from persona_probe.model import LanguageModel, ModelPair
 from persona_probe.model.chat import Rendered
 from tests.diffing.conftest import SITE, random_dictionary
@@ -70,11 +70,12 @@ def test_shares_of_a_store_leave_the_same_bits(
 ) -> None:
     monkeypatch.setattr("persona_probe.diffing.passes.shard_tokens", lambda *_: 8)
     whole = store_by_shards(store, [SAE], Results(tmp_path / "whole"))
-    assert whole is not None and len(list((tmp_path / "whole").iterdir())) > 2
+    assert len(list((tmp_path / "whole").iterdir())) > 2
     parts = Results(tmp_path / "parts")
-    assert store_by_shards(store, [SAE], parts, share=Share(1, 2)) is None
+    with pytest.raises(UnfinishedError, match="left to other processes"):
+        store_by_shards(store, [SAE], parts, share=Share(1, 2))
     found = store_by_shards(store, [SAE], parts, share=Share(0, 2))
-    assert found is not None and found[SITE].table.equals(whole[SITE].table)
+    assert found[SITE].table.equals(whole[SITE].table)
 
 
 def test_what_does_not_belong_together(

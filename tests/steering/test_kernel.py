@@ -21,7 +21,8 @@ from persona_probe.steering import (
     SteeringPlan,
     latents,
 )
-from persona_probe.steering.kernel import SiteEdit, moved
+from persona_probe.steering.firing import moved
+from persona_probe.steering.kernel import SiteEdit
 from persona_probe.steering.plan import PlannedEdit
 from persona_probe.steering.positions import RowTokens, row_tokens
 from persona_probe.steering.target import direction
