@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from sae_lens import SAE
 from torch import Tensor
 
 from persona_probe.artifact import digest_of
 from persona_probe.errors import InputError, MismatchError, NonFiniteError
 from persona_probe.hooks.sites import parse_site
 from persona_probe.sae.dictionary import Activation, Dictionary
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
 
 _ACTIVATIONS: dict[str, Activation] = {
     "standard": "relu",

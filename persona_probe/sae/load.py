@@ -6,9 +6,6 @@ import os
 from pathlib import Path
 from typing import Any, cast
 
-from sae_lens import SAE
-from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
-
 from persona_probe.artifact import digest_file, digest_of, read_json
 from persona_probe.errors import InputError, MismatchError, MissingPathError
 from persona_probe.hooks.sites import check_site
@@ -45,6 +42,9 @@ def load_sae(source: str | os.PathLike[str], *, site: str | None = None) -> Dict
         return from_registry(os.fspath(source), site)
     if is_sparsify(folder):
         return read_sparsify(folder, site)
+    from sae_lens import SAE
+    from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+
     for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME):
         if not (folder / name).is_file():
             raise MissingPathError(

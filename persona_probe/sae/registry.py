@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
-
-from sae_lens import SAE
-from sae_lens.loading.pretrained_saes_directory import (
-    PretrainedSAELookup,
-    get_pretrained_saes_directory,
-)
+from typing import TYPE_CHECKING, Any
 
 from persona_probe.errors import InputError, MissingPathError
 from persona_probe.sae.convert import from_sae_lens
 from persona_probe.sae.dictionary import Dictionary
+
+if TYPE_CHECKING:  # sae-lens takes seconds to import, and most commands open a fix, not a dictionary
+    from sae_lens.loading.pretrained_saes_directory import PretrainedSAELookup
 
 
 def find(name: str) -> tuple[str, str, PretrainedSAELookup]:
@@ -21,6 +18,8 @@ def find(name: str) -> tuple[str, str, PretrainedSAELookup]:
 
     Raises `MissingPathError` for a name that is not in the registry, with the nearest that are.
     """
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
     directory = get_pretrained_saes_directory()
     release, _, sae_id = name.partition("/")
     if release not in directory:
@@ -44,6 +43,8 @@ def from_registry(name: str, site: str | None = None) -> Dictionary:
 
     Raises as `find` does, `InputError` when it cannot be fetched, or as `from_sae_lens` does.
     """
+    from sae_lens import SAE
+
     release, sae_id, entry = find(name)
     try:
         sae: SAE[Any] = SAE.from_pretrained(release, sae_id, device="cpu", dtype="float32")
