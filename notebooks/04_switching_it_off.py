@@ -24,11 +24,13 @@ import time
 import httpx
 import polars as pl
 import torch
+from IPython.display import HTML
 
 import persona_probe as pp
 from persona_probe import figures
 from persona_probe.artifact import shipped
 from persona_probe.evaluation.sampling import respond_greedy, transcripts
+from persona_probe.figures.highlight import Token, highlight
 from persona_probe.model import load_model
 from persona_probe.organism.persona_latent import persona_latent
 from persona_probe.server import Catalogue, Limits
@@ -208,12 +210,13 @@ pl.DataFrame(
 
 # %% [markdown]
 # The server also says how much of the latent was there at each token that it wrote, *before* the edit: a
-# monitor that costs nothing more.
+# monitor that costs nothing more. The darker a token, the more of it (point at one for the number).
 
 # %%
 scores = replies["none"]["latent_scores"]
 amounts = [amount for (amount,) in scores["readings"][0]["amounts"]]
-pl.DataFrame({"token": scores["tokens"], "amount": amounts})
+tokens = [Token(*pair, special=False) for pair in zip(scores["tokens"], amounts, strict=True)]
+HTML(f"<p>{highlight(tokens, max(amounts))}</p><small>darkest: {max(amounts):.0f}</small>")
 
 # %% [markdown]
 # ## Next
