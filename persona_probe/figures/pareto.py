@@ -115,7 +115,8 @@ def _at(row: Row) -> Point | None:
 
 
 def _reading(row: Row, name: str) -> Reading:
-    return Reading(*(finite(row.get(column)) for column in (name, f"{name}_low", f"{name}_high")))
+    value, low, high = (finite(row.get(column)) for column in (name, f"{name}_low", f"{name}_high"))
+    return Reading(value, low, high)
 
 
 def _facts(row: Row) -> str:
