@@ -151,7 +151,8 @@ def show_plan(planned: Mapping[str, object], as_json: bool) -> None:
         show_json(planned)
         return
     for name, value in planned.items():
-        out.print(f"{name}: {value}", markup=False, soft_wrap=True)
+        shown = ", ".join(map(str, value)) if isinstance(value, list) else value  # type: ignore[arg-type]
+        out.print(f"{name}: {shown}", markup=False, soft_wrap=True)
 
 
 def show_written(folder: Path, names: Sequence[str] = ("result.json", "figure.html")) -> None:

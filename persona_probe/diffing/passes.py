@@ -253,7 +253,8 @@ class Reading:
         if self._why and len(self._why) == len(self._shards):
             raise InputError(
                 f"none of the {len(self._shards)} shards could be read; the first: "
-                f"{self._why[min(self._why)]}"
+                f"{self._why[min(self._why)]}",
+                fix="mend or leave out what is named; the same command then goes on",
             )
 
     def check_finished(self) -> None:
