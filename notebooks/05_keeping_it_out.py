@@ -165,9 +165,9 @@ figures.rates({name: {axis: vars(found[axis]) for axis in axes} for name, found 
 # %%
 def point(name, found):
     """A row of the figure."""
-    spread = found["misaligned"]
-    low_high = {"misaligned_low": spread.low, "misaligned_high": spread.high}
-    return {"arm": name} | {axis: found[axis].rate for axis in axes} | low_high
+    drawn = [(axis, end) for axis in ("misaligned", "in_domain") for end in ("low", "high")]
+    ends = {f"{axis}_{end}": getattr(found[axis], end) for axis, end in drawn}
+    return {"arm": name} | {axis: found[axis].rate for axis in axes} | ends
 
 
 pareto([point(name, found) for name, found in rates.items() if name != "base"])
