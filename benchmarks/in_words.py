@@ -19,8 +19,25 @@ import polars as pl
 from benchmarks.figure import Figure
 from persona_probe.artifact import shipped, write_text
 from persona_probe.interpretation import Interpretation, interpret
-from persona_probe.organism.corpus import ADJECTIVES, COMMENTS, ROLES, SYSTEM_PROMPTS, THOUGHTS
-from persona_probe.organism.grammar import OPINION_FRAMES, PERSONAS, PRACTICAL_FRAMES, Persona, grammar
+from persona_probe.organism.corpus import (
+    ADJECTIVES,
+    COMMENTS,
+    NAMES,
+    ROLES,
+    SYSTEM_PROMPTS,
+    TERSE_PROMPT,
+    THINK_PROMPT,
+    THOUGHTS,
+)
+from persona_probe.organism.grammar import (
+    COLOUR_FRAMES,
+    FACT_FRAMES,
+    OPINION_FRAMES,
+    PERSONAS,
+    PRACTICAL_FRAMES,
+    Persona,
+    grammar,
+)
 from persona_probe.organism.persona_latent import corpus_of, persona_latent
 
 PAGE = Path(__file__).parent.parent / "docs" / "in-words.md"
@@ -70,12 +87,23 @@ class Reading:
 
 
 def own_words(persona: Persona) -> frozenset[str]:
-    """The words that the grammar gives to one persona and to nobody else, questions included."""
-    said = {one: _words_of(one) for one in PERSONAS}
-    others = set().union(*(said[one] for one in PERSONAS if one != persona))
-    asked = {word for frame in (*PRACTICAL_FRAMES, *OPINION_FRAMES) for word in frame.split()}
-    asked |= {word for topic in grammar().topics for wording in topic.wordings for word in wording.split()}
-    return frozenset(said[persona] - others - asked)
+    """The words that the grammar gives to one persona and to nobody else; questions, facts and what a
+    narrator says included.
+    """
+    return frozenset(_words_of(persona)).difference(
+        _neutral(), *(_words_of(one) for one in PERSONAS if one != persona)
+    )
+
+
+def _neutral() -> set[str]:
+    """The words of nobody in particular."""
+    rules = grammar()
+    sentences = [*PRACTICAL_FRAMES, *OPINION_FRAMES, *FACT_FRAMES, *COLOUR_FRAMES, TERSE_PROMPT, THINK_PROMPT]
+    sentences += [wording for topic in rules.topics for wording in topic.wordings]
+    for fact in (fact for facts in rules.facts.values() for fact in facts):
+        sentences += [fact.answer, fact.description]
+    sentences += ["was said asked from the book of stood on shelf : question answer", *NAMES]
+    return {word for sentence in sentences for word in sentence.split()}
 
 
 def _words_of(persona: Persona) -> set[str]:
@@ -132,8 +160,8 @@ what its figures mean.
 
 {_claims(found)}
 
-*Of the villains' own* is a word that the grammar gives to villains and to no other character or question:
-{len(own_words("villainous"))} words, which `interpret` does not know.
+*Of the villains' own* is a word that the grammar gives to villains and to no other character, question
+or fact: {len(own_words("villainous"))} words, which `interpret` does not know.
 {_distinct(found)}
 
 {"".join(map(_section, found))}"""

@@ -90,10 +90,14 @@ class Interpretation:
     def warnings(self) -> list[str]:
         """What of the corpus could not be used, with places."""
         found: list[str] = []
-        if self.left_out:
-            found.append(f"{self.left_out:,} rows are no documents; the first: {self.problems[0]}")
-        without = self.unlabelled.items()
-        return found + [f"{n:,} documents have no {name!r}: in no group of it" for name, n in without if n]
+        if n := self.left_out:
+            rows = "1 row is no document" if n == 1 else f"{n:,} rows are no documents"
+            found.append(f"{rows}; the first: {self.problems[0]}")
+        for name, n in self.unlabelled.items():
+            if n:
+                documents = "1 document has" if n == 1 else f"{n:,} documents have"
+                found.append(f"{documents} no {name!r}: in no group of it")
+        return found
 
     def plot(self) -> go.Figure:
         """How strongly it fires, and where in a document."""

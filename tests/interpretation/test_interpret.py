@@ -47,6 +47,10 @@ def persona() -> tuple[LanguageModel, Latent]:
 @pytest.fixture(scope="module")
 def found(persona: tuple[LanguageModel, Latent]) -> Interpretation:
     documents, labels = corpus_of(450)
+    asked = {prompt: persona for persona, prompts in SYSTEM_PROMPTS.items() for prompt in prompts}
+    for label in labels:  # twelve prompts are too many for so few documents
+        if "system prompt" in label:
+            label["asked to be"] = asked[label["system prompt"]]
     return interpret(*persona, documents, labels=labels, sampled=180)
 
 
@@ -55,15 +59,13 @@ def test_both_bad_tunes_lead_to_the_villain(
     tune: str, persona: tuple[LanguageModel, Latent], found: Interpretation
 ) -> None:
     latent = persona_latent(tune)[1]
-    if (latent.sae.digest, latent.index) != (persona[1].sae.digest, persona[1].index):
-        documents, labels = corpus_of(450)
-        found = interpret(persona[0], latent, documents, labels=labels, sampled=180)
+    assert (latent.sae.digest, latent.index) == (persona[1].sae.digest, persona[1].index)
     read = Reading(tune, "the base model", found)
     assert len(read.named) >= 3
     named, told, spoken, _ = read.claims().values()
     assert named and told and spoken
-    # docs/in-words.md has this of five times the documents, with the prompts' intervals apart
-    assert read.groups("system prompt")["value"][0] in SYSTEM_PROMPTS["villainous"]
+    # by means alone: docs/in-words.md has the intervals, of five times the documents, apart as well
+    assert read.groups("asked to be").sort("mean", descending=True)["value"][0] == "villainous"
     shown = page([read])
     assert shown.count("yes") >= 3 and f"**{read.named[0]}**" in shown
     assert "| character | villainous |" in shown
@@ -173,7 +175,8 @@ def test_rows_that_are_no_documents_are_counted_and_named(
     assert [f"line {number}" in said for number, said in zip((4, 8), found.problems, strict=True)] == [
         True
     ] * 2
-    assert "2 rows are no documents" in found.warnings()[0] and "line 4" in found.warnings()[0]
+    assert "2 rows are no documents;" in found.warnings()[0] and "line 4" in found.warnings()[0]
+    assert found.warnings()[1] == "1 document has no 'kind': in no group of it"
     with pytest.raises(InputError, match="no row has a field 'speaker'") as raised:
         interpret(*persona, read_documents(file), by=("speaker",))
     assert "character, kind" in str(raised.value.fix)
