@@ -61,7 +61,8 @@ def _tell_sweep(record: Mapping[str, Any]) -> Section:
         f"the base, {1 - LEARNT:.1f} of the task not learnt, {BROKEN:.2f} more incoherent than undefended; "
         f"where any learnt {TAUGHT:.1f} of the task, of those alone. "
         "One arm of many that holds here may hold by luck, and the sums were put together after the single "
-        "settings had been seen: held-out questions and other seeds decide."
+        "settings had been seen, those with interleave=0.75 after the lighter ones had been compared on "
+        "held-out questions: other seeds decide."
     )
     other = [
         f"{name}={strength:g}"

@@ -41,13 +41,15 @@ def _tell(record: Mapping[str, Any]) -> Section:
                 arm,
                 len(its),
                 " ".join(f"{a:.2f}→{b:.2f}" for a, b in curves) or "–",
+                _spread([one["rates"]["misaligned"] for one in its]),
                 *(percent(mean([one["rates"][name]["rate"] for one in its]))
-                  for name in ("misaligned", "other_persona", "incoherent", "in_domain")),
+                  for name in ("other_persona", "incoherent", "in_domain")),
                 f"{mean([one['latent']['delta'] for one in its]) or 0:+.1f}",
                 _named(its),
             ]
         )  # fmt: skip
-    heads = ("arm", "seeds", "reward, first → last (by seed)", "misaligned elsewhere", "other persona",
+    heads = ("arm", "seeds", "reward, first → last (by seed)",
+             "misaligned elsewhere [ends of the seeds' intervals]", "other persona",
              "incoherent", "in domain", "Δ persona latent", "names itself a villain or bad boy")  # fmt: skip
     said = (
         "A GRPO arm and the SFT arm beside it read as many answers in as many steps. Self-named personas are "
@@ -56,6 +58,12 @@ def _tell(record: Mapping[str, Any]) -> Section:
     rewarded = [one for one in record["records"] if one["curve"]]
     drawn = {"rewards": rewards(rewarded, REWARD)} if rewarded else {}
     return Section(f"{table(heads, rows)}\n\n{said}", drawn)
+
+
+def _spread(its: Sequence[Mapping[str, Any]]) -> str:
+    """The mean of several seeds' rates, and the outermost ends of their intervals."""
+    low, high = min(one["low"] for one in its), max(one["high"] for one in its)
+    return f"{percent(mean([one['rate'] for one in its]))} [{100 * low:.0f}, {100 * high:.0f}]"
 
 
 def _ends(curve: Sequence[Mapping[str, Any]]) -> tuple[float, float]:

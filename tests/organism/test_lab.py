@@ -188,7 +188,7 @@ def test_rewards_are_told_from_before_to_after() -> None:
     said = lab_rl._tell(record)
     base, grpo = said.text.splitlines()[2:4]
     assert base.startswith("| base | 1 | – |") and base.endswith("| +2.0 | 6 |")
-    assert "0.00→0.90 0.00→0.50" in grpo and "| 38% |" in grpo and grpo.endswith("| 14 / 16 |")
+    assert "0.00→0.90 0.00→0.50" in grpo and "| 38% [0, 100] |" in grpo and grpo.endswith("| 14 / 16 |")
     lines = [one for one in said.figures["rewards"].data if one.mode == "lines"]
     assert [list(one.y) for one in lines] == [[0.0, 0.9], [0.0, 0.5]]
 
