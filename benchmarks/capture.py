@@ -100,7 +100,7 @@ def threshold(lm: LanguageModel, chats: Sequence[Rendered], site: str, encoder: 
 
 def speed(quick: bool) -> list[Figure]:
     """Wall time of the contenders, who take turns."""
-    work = workload(8 if quick else 96)
+    work = workload(8 if quick else 64)
     contenders = {
         "persona_probe": lambda: ours(work),
         "persona_probe, a pair": lambda: pair(work),
