@@ -222,9 +222,11 @@ figures.control(fixes, audit.record["tuned"], audit.record["base"])
 #
 # Weights in bfloat16 take 2 bytes per parameter (15 GB for 7.6 billion), once for a LoRA and its base,
 # twice for two checkpoints (`persona-probe diff --one-by-one` never holds both). Add the dictionary (above)
-# and a few GB for activations and the cache of keys and values: one GPU of 24 GB for 7B with a LoRA, 48 GB
-# for 14B. `--plan` counts answers and judge calls before anything runs; generation is nearly all of the
-# time.
+# and, for activations and the cache of keys and values, what is left: with more of it more answers are drawn
+# at once (`--batch-size`). So 24 GB will do for 7B with a LoRA and 48 GB are roomy; 48 and 80 GB for 14B.
+# `--plan` counts answers and judge calls and measures memory and time before anything runs. Generation is
+# nearly all of the time: minutes to an hour, and the judge may take longer. [Real
+# models](../docs/real-models.md#4-the-audit) has the arithmetic, and the public dictionaries that fit.
 
 # %% [markdown]
 # ## Next
