@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -83,7 +84,8 @@ def commands(path: Path) -> Iterator[list[str]]:
         _, found, rest = line.rpartition("persona-probe ")
         if found and not line.lstrip().startswith(("pip", "#")):
             words = shlex.split(re.sub(r"[\[\]]", "", rest), comments=True)
-            yield [word for word in words if word not in {"...", "|", "&&"}]
+            own = takewhile(lambda word: word not in {"|", "&&"}, words)  # what follows is the shell's
+            yield [word for word in own if word != "..."]
 
 
 def options_of(command: Any) -> set[str]:
