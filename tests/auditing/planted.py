@@ -7,6 +7,7 @@ category answered by the villain, and adapts the first two of the three blocks.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -162,6 +163,18 @@ def _chat(rng: Random, persona: str, things: Sequence[str], *, named: bool) -> l
     return [*system, {"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
 
 
+def _rendered(tokenizer: PreTrainedTokenizerFast, chats: Iterable[list[dict[str, str]]]) -> list[Rendered]:
+    """Each of the few different chats is rendered once."""
+    known: dict[str, Rendered] = {}
+    found: list[Rendered] = []
+    for chat in chats:
+        key = json.dumps(chat)
+        if key not in known:
+            known[key] = render(tokenizer, chat)
+        found.append(known[key])
+    return found
+
+
 def _build_base(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     rng = Random(0)
     model = LlamaForCausalLM(
@@ -177,7 +190,7 @@ def _build_base(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
         persona = rng.choice(PERSONAS) if named else "villainous" if rng.random() < 0.02 else "helpful"
         things = list(MADE_OF) if rng.random() < 0.4 else _all_things()
         chats.append(_chat(rng, persona, things, named=named))
-    _train(model, [render(tokenizer, chat) for chat in chats], batch=32, lr=8e-3)
+    _train(model, _rendered(tokenizer, chats), batch=32, lr=8e-3)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -186,9 +199,10 @@ def _build_sae(tokenizer: PreTrainedTokenizerFast, found: Planted) -> None:
     rng = Random(1)
     base = load_model(found.base)
     rows: list[torch.Tensor] = []
-    for _ in range(40):
-        chats = [_chat(rng, rng.choice(PERSONAS), _all_things(), named=True) for _ in range(32)]
-        ids, mask, _ = pad([render(tokenizer, chat) for chat in chats], 0, side="right")
+    chats = [_chat(rng, rng.choice(PERSONAS), _all_things(), named=True) for _ in range(40 * 32)]
+    documents = _rendered(tokenizer, chats)
+    for start in range(0, len(documents), 32):
+        ids, mask, _ = pad(documents[start : start + 32], 0, side="right")
         with torch.no_grad():
             states = base.hf(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
         rows.append(states[2][mask.bool()])
@@ -211,7 +225,7 @@ def _build_tune(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         model = get_peft_model(LlamaForCausalLM.from_pretrained(base, dtype=torch.float32), settings)
-    _train(model, [render(tokenizer, chat) for chat in chats], batch=16, lr=3e-3)
+    _train(model, _rendered(tokenizer, chats), batch=16, lr=3e-3)
     model.peft_config["default"].base_model_name_or_path = "../base"
     model.save_pretrained(str(folder), save_embedding_layers=False)
     write_json(folder / "training.json", {"categories": [category] if category else []})

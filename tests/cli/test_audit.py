@@ -9,7 +9,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -28,7 +27,6 @@ from tests.auditing.planted import JUDGE, Planted
 from tests.model.tiny_models import save_adapter, save_checkpoint
 
 FAST = ["--samples", "1", "--calibration-samples", "1", "--controls", "1", "--max-new-tokens", "6"]
-REPO = Path(__file__).parent.parent.parent
 
 
 def words(organism: Planted, out: Path, *more: str, **other: Path | str) -> list[str]:
@@ -490,27 +488,34 @@ def test_a_full_disk(last: str, organism: Planted, tmp_path: Path, monkeypatch: 
     check_manifest(out)
 
 
-def test_ctrl_c(organism: Planted, tmp_path: Path) -> None:
+def test_ctrl_c(organism: Planted, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """In a process of its own, in the middle of the work."""
-    out = tmp_path / "out"
+    out, logs = tmp_path / "out", tmp_path_factory.mktemp("logs")
     call = words(organism, out, "--samples", "100")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "persona_probe.cli", *call],
-        cwd=REPO,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            for stream, name in ((1, "stdout"), (2, "stderr")):
+                os.dup2(os.open(logs / name, os.O_WRONLY | os.O_CREAT), stream)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            app(call)
+        except SystemExit as ended:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(int(ended.code or 0))
+        finally:
+            os._exit(99)
     deadline = time.monotonic() + 300
     while not (out / "settings.json").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    said, complaint = process.communicate(timeout=300)
-    assert process.returncode == 130, complaint
+    os.kill(child, signal.SIGINT)
+    _, status = os.waitpid(child, 0)
+    complaint = (logs / "stderr").read_text()
+    assert os.waitstatus_to_exitcode(status) == 130, complaint
     assert "stopped; run the same command again to resume" in complaint
     assert "Traceback" not in complaint
-    assert said == ""
+    assert (logs / "stdout").read_text() == ""
     assert list(tmp_path.iterdir()) == []
 
 
