@@ -174,3 +174,10 @@ def test_a_ray_cluster_gives_the_bits_of_one_process(
         files.append({file.name: file.read_bytes() for file in folder.iterdir()})
     assert (tmp_path / "died").exists()
     assert files[0] == files[1] and len(files[0]) > 2
+
+
+def test_a_cluster_that_is_not_there_is_named_at_once(tmp_path: Path) -> None:
+    """Ray would try for 40 seconds and then end the process."""
+    pytest.importorskip("ray")
+    with pytest.raises(InputError, match=r"no Ray cluster at 127\.0\.0\.1:1: .*refused"):
+        run_ray([], lambda: lambda _: b"", Results(tmp_path), address="127.0.0.1:1")
