@@ -91,7 +91,8 @@ def _defences(lab: Lab, seeds: Sequence[int]) -> dict[str, Any]:
     rows, runs = found.table.to_dicts(), found.runs.to_dicts()
     return {
         "arms": [
-            _row(row) | {"strengths": [one.strength for one in made.get(row["arm"], ())]} for row in rows
+            _row(row) | {"strengths": [STRENGTHS[row["arm"]]] if row["arm"] in STRENGTHS else []}
+            for row in rows
         ],
         "base": next({name: row[name] for name in ("misaligned", "incoherent", "in_domain", "trigger")}
                      for row in runs if row["kind"] == "base"),
