@@ -46,6 +46,8 @@ class Row:
     """The misaligned rate, by way."""
     agree: Mapping[str, tuple[int, int]]
     """By way: rates whose difference from the audit's has 0 in its interval, and rates compared."""
+    within: tuple[int, int]
+    """In all ways, every rate: those that lie in the audit's interval and have the audit's in theirs."""
     odd: tuple[str, ...]
     """Those whose has not, in words."""
 
@@ -150,7 +152,14 @@ def _rates(done: Any, arm: str) -> Rates:
 def _row(tune: str, audit: Mapping[str, Any], ways: Mapping[str, Mapping[str, Rates]]) -> Row:
     agree: dict[str, tuple[int, int]] = {}
     odd: list[str] = []
+    inside = every = 0
     for way, arms in ways.items():
+        for arm, rates in arms.items():
+            told = [name for name in RATES if way != "local" or name != "other_persona"]
+            both = [(audit[arm][name], rates[name]) for name in told]
+            known = [(a, b) for a, b in both if a["rate"] is not None and b["rate"] is not None]
+            every += len(known)
+            inside += sum(_holds(a, b) and _holds(b, a) for a, b in known)
         pairs = [
             (f"{arm} {name}", audit[arm][name], rates[name])
             for arm, rates in arms.items()
@@ -163,7 +172,11 @@ def _row(tune: str, audit: Mapping[str, Any], ways: Mapping[str, Mapping[str, Ra
             f"{tune}, {way}: {name} {_shown(here)}, the audit {_shown(there)}" for name, there, here in off
         ]
     shown = {way: arms["tuned"]["misaligned"] for way, arms in ways.items()}
-    return Row(tune, audit["tuned"]["misaligned"], shown, agree, tuple(odd))
+    return Row(tune, audit["tuned"]["misaligned"], shown, agree, (inside, every), tuple(odd))
+
+
+def _holds(interval: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return interval["low"] <= other["rate"] <= interval["high"]
 
 
 def differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -194,6 +207,7 @@ def page(found: list[Row]) -> str:
         )
         lines.append(f"| {' | '.join(cells)} |")
     odd = [line for row in found for line in row.odd]
+    inside, every = (sum(row.within[i] for row in found) for i in range(2))
     table = "\n".join(lines)
     listed = "\n".join(f"- {line}" for line in odd) if odd else "None."
     return f"""# Evaluate and audit measure the same thing
@@ -213,6 +227,9 @@ their luck. The built judge names no personas and takes broken text for coherent
 incoherent are not asked of it.
 
 {table}
+
+A stricter count, of point estimates that lie in each other's intervals, has {inside} of {every} rates,
+the built judge's incoherent ones (which it cannot tell) among the compared.
 
 Rates that do not agree:
 

@@ -7,7 +7,17 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from persona_probe.figures.cells import Reading, Row, finite, plain, rows
-from persona_probe.figures.style import QUIET, RULE, figure, look_of, marker, percent_axis, whiskers
+from persona_probe.figures.style import (
+    QUIET,
+    RULE,
+    Look,
+    figure,
+    look_of,
+    looks_of,
+    marker,
+    percent_axis,
+    whiskers,
+)
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -45,7 +55,10 @@ def dose_response(
     listed = [row for row in listed if not str(row.get("arm")).startswith("random")]
     drawn = figure(height=460)
     shades = [shade for arm, group in _by_arm(controls) for shade in _band(drawn, arm, group)]
-    lines = [high for arm, group in _by_arm(listed) for high in _line(drawn, arm, group, plain(word))]
+    looks = looks_of(str(row.get("arm")) for row in listed)
+    lines = [
+        high for arm, group in _by_arm(listed) for high in _line(drawn, arm, looks[arm], group, plain(word))
+    ]
     unit = next(
         (str(row["strength_unit"]) for row in [*listed, *controls] if row.get("strength_unit")),
         "strength",
@@ -91,8 +104,7 @@ def _by_arm(listed: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     return [(arm, list(group)) for arm, group in groupby(ordered, key=lambda row: str(row.get("arm")))]
 
 
-def _line(drawn: go.Figure, arm: str, group: Sequence[Row], word: str) -> list[float]:
-    look = look_of(arm)
+def _line(drawn: go.Figure, arm: str, look: Look, group: Sequence[Row], word: str) -> list[float]:
     readings = [
         Reading(finite(r.get("misaligned")), finite(r.get("low")), finite(r.get("high"))) for r in group
     ]

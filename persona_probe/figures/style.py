@@ -6,7 +6,7 @@ its own shape, so that nothing rests on colour alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from persona_probe.figures.cells import Reading
@@ -44,13 +44,32 @@ ARMS: Final[dict[str, Look]] = {
     "difference of means": Look("#0a9068", "diamond-open", "difference of means"),
     "random direction": Look("#8b94a3", "line-ew-open", "random directions"),
     "random latent": Look("#5a6270", "line-ns-open", "random latents"),
+    "control": Look("#8b94a3", "square-open", "control"),
 }
+
+OTHERS: Final = (
+    ("#0a5fa5", "circle"),
+    ("#dc9a00", "triangle-up"),
+    ("#0a9068", "diamond-open"),
+    ("#101a3c", "square"),
+)
+"""Colour and marker of arms that are known by their own names alone."""
 
 
 def look_of(arm: str) -> Look:
     """The look of a named arm; an arm that is not known is a baseline under its own name."""
     known = LOOKS.get(arm) or ARMS.get(arm)
     return known or LOOKS["baseline"]._replace(words=arm.replace("_", " "))
+
+
+def looks_of(arms: Iterable[str]) -> dict[str, Look]:
+    """The looks of arms drawn together: those that are not known are told apart, in their order."""
+    names = list(dict.fromkeys(arms))
+    unknown = [name for name in names if name not in LOOKS and name not in ARMS]
+    if len(unknown) < 2:
+        return {name: look_of(name) for name in names}
+    told = {name: Look(*OTHERS[i % len(OTHERS)], name.replace("_", " ")) for i, name in enumerate(unknown)}
+    return {name: told.get(name) or look_of(name) for name in names}
 
 
 def figure(height: int, *, legend: bool = True, **layout: Any) -> go.Figure:
