@@ -17,7 +17,7 @@ from persona_probe.diffing.latent_diff import LatentDiff
 from persona_probe.diffing.passes import Opening, Pass, Reading, pass_of
 from persona_probe.errors import InputError
 from persona_probe.execution import Results, Share, Worker, run_local
-from persona_probe.execution.ray import run_ray
+from persona_probe.execution.ray import _join, run_ray
 from persona_probe.model import LanguageModel, ModelPair
 from persona_probe.model.chat import Rendered
 from persona_probe.sae.load import load_sae
@@ -176,8 +176,8 @@ def test_a_ray_cluster_gives_the_bits_of_one_process(
     assert files[0] == files[1] and len(files[0]) > 2
 
 
-def test_a_cluster_that_is_not_there_is_named_at_once(tmp_path: Path) -> None:
+def test_a_cluster_that_is_not_there_is_named_at_once() -> None:
     """Ray would try for 40 seconds and then end the process."""
-    pytest.importorskip("ray")
+    ray = pytest.importorskip("ray")
     with pytest.raises(InputError, match=r"no Ray cluster at 127\.0\.0\.1:1: .*refused"):
-        run_ray([], lambda: lambda _: b"", Results(tmp_path), address="127.0.0.1:1")
+        _join(ray, "127.0.0.1:1")  # not run_ray, which stays in the cluster that this process may have
