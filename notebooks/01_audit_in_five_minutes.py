@@ -41,7 +41,7 @@ _ = pl.Config(fmt_str_lengths=90, tbl_rows=20)
 # here; `persona-probe audit` in a shell does the same with more.
 
 # %%
-few = AuditSettings(calibration_samples=1, controls=4)
+few = AuditSettings(samples=1, calibration_samples=1, controls=3)
 request = organism_request("bad-health", few)
 pl.DataFrame(
     {
