@@ -166,7 +166,8 @@ def _join(ray: Any, address: str | None) -> None:
     except (OSError, ValueError, RuntimeError) as error:  # ConnectionError is an OSError
         raise InputError(
             f"there is no Ray cluster at {address}: {str(error).splitlines()[0]}",
-            fix="give the host:port that `ray start --head` printed, or none to start one here",
+            fix="give the host:port that `ray start --head` printed, and run in an environment with the "
+            "RAY_AUTH_MODE and RAY_AUTH_TOKEN of the cluster; or none, to start one here",
             command="ray status",
         ) from error
 
