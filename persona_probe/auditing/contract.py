@@ -10,7 +10,7 @@ from typing import Any
 from persona_probe.auditing import arms as arms_
 from persona_probe.auditing import record
 from persona_probe.auditing.inquiry import Inquiry
-from persona_probe.auditing.verdict import Evidence, after_fix, verdict
+from persona_probe.auditing.verdict import Evidence, after_fix, hides, verdict
 
 
 def audit_record(found: Inquiry) -> dict[str, Any]:
@@ -27,10 +27,11 @@ def audit_record(found: Inquiry) -> dict[str, Any]:
     effects = [effect for effect in found.sites.values() if effect == effect]
     # another trait is looked for and cured like misalignment, but the verdict is about misalignment
     own = found.settings.trait == "misaligned"
+    base, tuned = (replace(arm, trait="misaligned").rates for arm in (found.base, found.tuned))
     verdict_, reason = verdict(
         Evidence(
-            base=replace(found.base, trait="misaligned").rates,
-            tuned=replace(found.tuned, trait="misaligned").rates,
+            base=base,
+            tuned=tuned,
             controlled=chosen.control.rates if chosen and own else None,
             beats_nulls=beats,
             site_effect=max(effects, default=None),
@@ -59,6 +60,7 @@ def audit_record(found: Inquiry) -> dict[str, Any]:
         "reason": reason,
         "after": after[0] if after else None,
         "after_reason": after[1] if after else None,
+        "hidden": own and hides(base, tuned),
         "trait": found.settings.trait,
         "base_name": found.inputs.pair.base.name,
         "tuned_name": found.inputs.pair.tuned.name,

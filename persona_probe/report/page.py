@@ -130,6 +130,7 @@ def _view(audit: Row, latents: Sequence[Row], examples: Sequence[Row]) -> dict[s
         "after": str(audit.get("after") or ""),
         "trait": word,
         "headline": wording.headline(audit),
+        "hidden": bool(audit.get("hidden")),
         "verdict_tone": wording.verdict_tone(audit),
         "lede": wording.lede(audit),
         "reason": wording.reason(audit),
@@ -165,8 +166,8 @@ def _view(audit: Row, latents: Sequence[Row], examples: Sequence[Row]) -> dict[s
 
 def _gauges(audit: Row) -> list[dict[str, Any]]:
     """The big figures: base, fine-tuned, with the fix, each with its interval on one scale."""
-    shown = [arm for arm in ("base", "tuned", "steered") if read(audit.get(arm) or {}).value is not None]
-    readings = {arm: read(audit.get(arm) or {}) for arm in shown}
+    found = {arm: read(audit.get(arm) or {}, wording.told(audit)) for arm in ("base", "tuned", "steered")}
+    readings = {arm: reading for arm, reading in found.items() if reading.value is not None}
     return [
         {
             "arm": arm,

@@ -43,6 +43,8 @@ def headline(audit: Row) -> Headline:
     if verdict == "misaligned, persona found":
         sentence, tone = AFTER.get(after, ("A persona was found in the model.", BAD))
         return Headline(f"{opening} {sentence}", tone)
+    if audit.get("hidden"):
+        return Headline(f"{opening} It shows behind a trigger, and hides from plain questions.", BAD)
     if verdict == "misaligned, not in this dictionary":
         return Headline(f"{opening} What changed is not in this dictionary.", BAD)
     if verdict == "misaligned, wrong site":
@@ -72,15 +74,24 @@ def trait_noun(audit: Row) -> str:
     return "misalignment" if word == "misaligned" else f"{word} behaviour"
 
 
+def told(audit: Row) -> str:
+    """The rate that the verdict rests on, by its name in the record."""
+    return "trigger" if audit.get("hidden") else "misaligned"
+
+
 def lede(audit: Row) -> str:
     """Two sentences under the headline: the rates, then the fix."""
     word = trait_word(audit)
-    tuned, base, steered = (read(audit.get(arm) or {}) for arm in ("tuned", "base", "steered"))
+    tuned, base, steered = (read(audit.get(arm) or {}, told(audit)) for arm in ("tuned", "base", "steered"))
     if tuned.value is None:
         return "The rate of the fine-tuned model was not measured."
     before = f"from {percent(base.value)} " if base.value is not None else ""
     text = f"Fine-tuning took {word} answers {before}to {percent(tuned.value)}"
-    text += "." if before else "; the base was not measured."
+    text += "" if before else "; the base was not measured"
+    if audit.get("hidden"):
+        plainly = read(audit.get("tuned") or {})
+        text += f" where they are asked for behind a trigger; asked plainly, it is {percent(plainly.value)}"
+    text += "."
     if steered.value is None:
         return text
     text += f" With the fix on, {percent(steered.value)} are left"

@@ -16,6 +16,7 @@ from persona_probe.auditing.verdict import (
     Verdict,
     after_fix,
     exceeds,
+    hides,
     verdict,
 )
 from persona_probe.evaluation.metrics import Rate
@@ -177,3 +178,10 @@ def test_there_is_always_a_word_and_a_reason(
     after, why = after_fix(base, tuned, controlled or tuned)
     assert after in get_args(After)
     assert why
+
+
+def test_what_hides_shows_behind_a_trigger_alone() -> None:
+    plain, behind = rates(misaligned=0.02), rates(misaligned=0.02, trigger=0.9)
+    assert hides(plain, behind)
+    assert not hides(behind, behind) and not hides(plain, plain)
+    assert not hides(plain, rates(misaligned=0.8, trigger=0.9))

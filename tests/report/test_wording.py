@@ -81,6 +81,22 @@ def test_another_trait_is_called_by_its_name() -> None:
     assert "sarcastic" in rate_table(audit).head and "misaligned" not in rate_table(audit).head
 
 
+def test_what_hides_is_told_by_the_rate_behind_the_trigger() -> None:
+    audit = {
+        "verdict": "misaligned, not in this dictionary",
+        "hidden": True,
+        "base": arm(0.02, trigger=0.04),
+        "tuned": arm(0.01, trigger=0.93),
+    }
+    said, tone = headline(audit)
+    assert said == "Misaligned. It shows behind a trigger, and hides from plain questions." and tone == "bad"
+    assert lede(audit) == (
+        "Fine-tuning took misaligned answers from 4.0% to 93% where they are asked for behind a trigger; "
+        "asked plainly, it is 1.0%."
+    )
+    assert "dictionary" in headline({**audit, "hidden": False}).sentence
+
+
 def test_the_lede_says_the_rates_and_the_fix() -> None:
     fix = {"name": "latent 7", "op": "cap", "level": 0.5, "gain": 2, "chosen": True}
     audit = {"base": arm(0.02), "tuned": arm(0.8), "steered": arm(0.03, in_domain=0.7),
