@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from persona_probe.auditing.inputs import AuditInputs
 from persona_probe.evaluation.result import EvalResult
-from persona_probe.screening.calibrate import Bench, Budget, Dose, cures, whole
+from persona_probe.screening.calibrate import NECESSITY, Bench, Budget, Dose, cures, whole
 from persona_probe.screening.candidate import Candidate
 from persona_probe.screening.evidence import SiteEvidence
 from persona_probe.screening.margin import Fix
@@ -31,12 +31,13 @@ class Fixed:
 def fixed_arms(inputs: AuditInputs, bench: Bench, findings: Sequence[Finding]) -> list[Fixed]:
     """Held-out answers under each finding."""
     cured: list[Fix] = [f.candidate.cure(*f.cure.best.knob) for f in findings]
-    needed: list[Fix] = [f.candidate.cure(1.0) for f in findings]
+    stronger = [i for i, f in enumerate(findings) if f.cure.best.knob != NECESSITY]
+    needed: list[Fix] = [findings[i].candidate.cure(*NECESSITY) for i in stronger]
     added: list[Fix] = [f.candidate.induce(*f.induce.best.knob) for f in findings]
     tuned = bench.arms(inputs.pair.tuned, [*cured, *needed])
     base = bench.arms(inputs.pair.base, added)
-    half = len(findings)
-    return [Fixed(f, tuned[i], tuned[half + i], base[i]) for i, f in enumerate(findings)]
+    at_one = dict(zip(stronger, tuned[len(findings) :], strict=True))
+    return [Fixed(f, tuned[i], at_one.get(i, tuned[i]), base[i]) for i, f in enumerate(findings)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,6 @@ Not covered: encoder-decoder models, and caches that cannot select rows.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -23,6 +22,7 @@ from transformers import PreTrainedModel
 from persona_probe.errors import InputError, NonFiniteError
 from persona_probe.hooks.alike import Alike
 from persona_probe.model.chat import pad
+from persona_probe.model.language_model import keeps_logits
 
 KEEP_ABOVE = 0.75
 """Ended rows are dropped once at most this share of the batch is still going: selecting rows copies
@@ -134,8 +134,3 @@ def continue_prompts(
         Continuation(tuple(tokens[:n]), end)
         for tokens, n, end in zip(written.tolist(), lengths, ended, strict=True)
     ]
-
-
-def keeps_logits(hf_model: PreTrainedModel) -> bool:
-    """Whether the model can be asked for the logits of its last tokens alone."""
-    return "logits_to_keep" in inspect.signature(hf_model.forward).parameters

@@ -23,11 +23,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from persona_probe.evaluation.answers import Answer
-from persona_probe.evaluation.decoding import keeps_logits
 from persona_probe.evaluation.units import Fix, Unit, UnitSteering
 from persona_probe.hooks.alike import Alike, blocks_before
 from persona_probe.model.chat import pad
-from persona_probe.model.language_model import LanguageModel
+from persona_probe.model.language_model import LanguageModel, keeps_logits
 from persona_probe.model.memory import how_many, logit_bytes
 
 PROBED = 8

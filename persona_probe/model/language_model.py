@@ -8,6 +8,7 @@ always passed: with left padding and without them GPT-2 is far off, and no model
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -178,17 +179,24 @@ class LanguageModel:
         self,
         input_ids: Int[Tensor, "batch pos"],
         attention_mask: Int[Tensor, "batch pos"] | None = None,
-    ) -> Float[Tensor, "batch pos d_vocab"]:
-        """Logits, without gradient; without a mask every token counts. Right and left padding agree."""
+        *,
+        last: int | None = None,
+    ) -> Float[Tensor, "batch kept d_vocab"]:
+        """Logits, of all positions or of the ``last`` ones, without gradient; without a mask every token
+        counts. Right and left padding agree.
+        """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         with self.active() as hf:
-            return hf(
+            keep = {"logits_to_keep": last} if last is not None and keeps_logits(hf) else {}
+            logits = hf(
                 input_ids=input_ids.to(self.device),
                 attention_mask=attention_mask.to(self.device),
                 position_ids=position_ids(attention_mask).to(self.device),
                 use_cache=False,
+                **keep,
             ).logits
+        return logits if last is None else logits[:, -last:]
 
     def rendered(self, prompt: str | Sequence[Message] | Rendered) -> Rendered:
         """A prompt as token ids: a string is plain text, a list of messages is a chat."""
@@ -326,3 +334,8 @@ def _from_memory(
     )
     check_vocabulary(tokenizer, loaded.d_vocab, loaded.checkpoint.path)
     return loaded if adapter is None else loaded.with_adapter(adapter)
+
+
+def keeps_logits(hf_model: nn.Module) -> bool:
+    """Whether the model can be asked for the logits of its last tokens alone."""
+    return "logits_to_keep" in inspect.signature(hf_model.forward).parameters

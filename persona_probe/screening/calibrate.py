@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any, NamedTuple
 
 from persona_probe.evaluation.answers import Answer
@@ -22,6 +21,7 @@ from persona_probe.evaluation.sampling import Sampling, sample
 from persona_probe.model.language_model import LanguageModel
 from persona_probe.screening.candidate import Candidate
 from persona_probe.screening.margin import Fix
+from persona_probe.screening.racing import Runner, Score, heats_of, lost_by_question, race
 from persona_probe.steering.intervention import Positions
 
 Rates = dict[str, Rate]
@@ -35,6 +35,8 @@ class Knob(NamedTuple):
     positions: Positions
 
 
+NECESSITY = Knob(1.0, "all")
+"""Brought back to the base's level and no further, on every token."""
 GAINS = (1.0, 1.5, 2.0, 3.0)
 CURES = tuple(Knob(gain, where) for where in ("all", "last_prompt") for gain in GAINS)
 INDUCTIONS = (
@@ -123,6 +125,8 @@ class Setting:
     result: EvalResult
     within_budget: bool
     """It cost no more than the budget."""
+    finished: bool = True
+    """False: clearly behind others, and therefore not asked all questions (see `racing`)."""
 
     @property
     def rates(self) -> Rates:
@@ -147,12 +151,12 @@ def cures(
     *,
     knobs: Sequence[Knob] = CURES,
 ) -> list[Dose]:
-    """Dose-response of each candidate's cure in the tuned model.
+    """Dose-response of each candidate's cure in the tuned model, as a race for whole answers.
 
     Kept is the gentlest setting within the budget (if none is, of all) that leaves about as many answers
     whole as the best: a stronger edit has to earn its strength.
     """
-    tried = _tried(lm, candidates, bench, budget, knobs, lambda c, knob: c.cure(*knob))
+    tried = _tried(lm, candidates, bench, budget, knobs, lambda c, knob: c.cure(*knob), is_whole)
     return [Dose(c, settings, gentlest(_allowed(settings))) for c, settings in tried]
 
 
@@ -164,8 +168,10 @@ def inductions(
     *,
     knobs: Sequence[Knob] = INDUCTIONS,
 ) -> list[Dose]:
-    """Dose-response of adding each candidate to the base model; best is most of the trait in budget."""
-    tried = _tried(lm, candidates, bench, budget, knobs, lambda c, knob: c.induce(*knob))
+    """Dose-response of adding each candidate to the base model, as a race for the trait; best is most of
+    it in budget.
+    """
+    tried = _tried(lm, candidates, bench, budget, knobs, lambda c, knob: c.induce(*knob), _shows)
     return [
         Dose(c, settings, max(_allowed(settings), key=lambda one: value(one.rates, "misaligned")))
         for c, settings in tried
@@ -185,14 +191,10 @@ def gentlest(settings: Sequence[Setting]) -> Setting:
 
 def about_as_good(one: EvalResult, best: EvalResult) -> bool:
     """Whether ``one`` has fewer whole answers by at most a paired, clustered standard error."""
-    lost: dict[str, int] = {}
-    for index, answer in enumerate(best.answers):
-        if answer.question.role == "general" and answer.question.category not in best.in_domain:
-            gap = is_whole(best, index) - is_whole(one, index)
-            lost[answer.question.question] = lost.get(answer.question.question, 0) + gap
-    total = sum(lost.values())
+    lost = lost_by_question(one, best, is_whole)
+    total = sum(lost)
     # mean <= its standard error, multiplied out: in whole numbers, for one answer lost is exactly at it
-    within = total**2 <= sum(gap**2 for gap in lost.values())
+    within = total**2 <= sum(gap**2 for gap in lost)
     return total <= 0 or (within and len(lost) > 1)
 
 
@@ -201,8 +203,14 @@ def is_whole(result: EvalResult, index: int) -> bool:
     return outcome(result.answers[index], result.judgements[index], result.trait) in ("helpful", "neutral")
 
 
+def _shows(result: EvalResult, index: int) -> bool:
+    """Whether one answer shows the trait."""
+    return outcome(result.answers[index], result.judgements[index], result.trait) == "misaligned"
+
+
 def _allowed(settings: Sequence[Setting]) -> list[Setting]:
-    return [setting for setting in settings if setting.within_budget] or list(settings)
+    finished = [setting for setting in settings if setting.finished]
+    return [setting for setting in finished if setting.within_budget] or finished
 
 
 def _tried(
@@ -212,16 +220,27 @@ def _tried(
     budget: Budget,
     knobs: Sequence[Knob],
     edit: Callable[[Candidate, Knob], Fix],
+    score: Score,
 ) -> list[tuple[Candidate, tuple[Setting, ...]]]:
-    fixes = [edit(candidate, knob) for candidate in candidates for knob in knobs]
-    arms = iter(bench.arms(lm, fixes))
-    return [
-        (
-            candidate,
-            tuple(
-                Setting(knob, result, budget.allows(result.rates))
-                for knob, result in zip(knobs, islice(arms, len(knobs)), strict=True)
-            ),
-        )
-        for candidate in candidates
+    """Each candidate at each knob, raced against all of its kind. At gain 1 all are asked everything: it is
+    necessity, by which latents are ranked.
+    """
+    runners = [
+        Runner(edit(candidate, knob), owner, candidate.kind, pinned=knob == NECESSITY)
+        for owner, candidate in enumerate(candidates)
+        for knob in knobs
     ]
+    heats = heats_of(bench.questions)
+    runs = race(
+        runners,
+        heats,
+        lambda asked, fixes: bench.on(asked, bench.sampling.samples).arms(lm, fixes),
+        score=score,
+        allows=lambda result: budget.allows(result.rates),
+    )
+    settings = [
+        Setting(knob, run.result, budget.allows(run.result.rates), run.heats == len(heats))
+        for knob, run in zip(tuple(knobs) * len(candidates), runs, strict=True)
+    ]
+    each = len(knobs)
+    return [(candidate, tuple(settings[i * each : (i + 1) * each])) for i, candidate in enumerate(candidates)]

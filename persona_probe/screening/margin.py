@@ -8,13 +8,15 @@ log-probability of the first and lowers that of the second; one that only breaks
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from persona_probe.errors import InputError
+from persona_probe.hooks.alike import Alike, blocks_before
 from persona_probe.model.chat import Rendered, pad
 from persona_probe.model.language_model import LanguageModel
 from persona_probe.model.memory import halving, how_many, logit_bytes
@@ -56,8 +58,9 @@ def response_log_probabilities(
 ) -> Float[Tensor, " document"]:
     """Mean log-probability per response token of each document, each under its own fix.
 
-    Documents of similar length share a batch, so results do not depend on the order given. A batch has
-    at most ``batch_tokens`` tokens, by default as many as there is memory for.
+    Documents of similar length share a batch, and what of them no fix touches is read once, so results do
+    not depend on the order given. A batch has at most ``batch_tokens`` tokens, by default as many as there
+    is memory for.
     """
     size = batch_tokens or how_many(lm, logit_bytes(lm), BATCH_TOKENS)
     return halving(lambda tokens: _read(lm, documents, fixes, tokens), size)
@@ -69,33 +72,37 @@ def _read(
     fixes: Sequence[Fix] | None,
     batch_tokens: int,
 ) -> Float[Tensor, " document"]:
-    order = sorted(range(len(documents)), key=lambda i: len(documents[i].ids))
+    of = fixes or [()] * len(documents)
+    shared = [blocks_before(edit.site for edit in fix) for fix in of]
     result = torch.zeros(len(documents))
-    pad_id = lm.pad_id
-    while order:
-        longest = len(documents[order[-1]].ids)
-        count = max(1, batch_tokens // longest)
-        batch, order = order[-count:], order[:-count]
-        rendered = [documents[i] for i in batch]
-        ids, mask, _ = pad(rendered, pad_id, side="right")
-        counted = torch.zeros(ids.shape, dtype=torch.bool)
-        for row, document in enumerate(rendered):
-            counted[row, : len(document.ids)] = torch.tensor(document.response)
-
-        def score(
-            ids: Int[Tensor, "batch pos"] = ids,
-            mask: Int[Tensor, "batch pos"] = mask,
-            counted: Tensor = counted,
-        ) -> Float[Tensor, " batch"]:
-            return mean_log_probability(lm, ids, mask, counted)
-
-        if fixes is None or not any(fixes[i] for i in batch):
-            result[batch] = score()
-            continue
-        lengths = [document.prompt_length for document in rendered]
-        with steer(lm, SteeringPlan(tuple(fixes[i] for i in batch)), prompt_lengths=lengths):
-            result[batch] = score()
+    for depth in sorted(set(shared)):
+        # copies of a document side by side: the blocks before the first edit read it once for all fixes
+        order = sorted(
+            (i for i in range(len(documents)) if shared[i] == depth),
+            key=lambda i: (len(documents[i].ids), documents[i].ids),
+        )
+        while order:
+            count = max(1, batch_tokens // len(documents[order[-1]].ids))
+            batch, order = order[-count:], order[:-count]
+            read, edits = [documents[i] for i in batch], [of[i] for i in batch]
+            result[batch] = _read_batch(lm, read, edits, depth)
     return result
+
+
+def _read_batch(
+    lm: LanguageModel, documents: Sequence[Rendered], fixes: Sequence[Fix], unedited: int
+) -> Float[Tensor, " batch"]:
+    # padded on the left, so that the answers end together: only their logits are needed
+    ids, mask, _ = pad(documents, lm.pad_id)
+    counted = torch.zeros(ids.shape, dtype=torch.bool)
+    for row, document in enumerate(documents):
+        counted[row, -len(document) :] = torch.tensor(document.response)
+    lengths = [document.prompt_length for document in documents]
+    with ExitStack() as stack:
+        if any(fixes):
+            stack.enter_context(steer(lm, SteeringPlan(tuple(fixes)), prompt_lengths=lengths))
+        stack.enter_context(Alike(document.ids for document in documents).sharing(lm.hf, unedited))
+        return mean_log_probability(lm, ids, mask, counted)
 
 
 @torch.no_grad()
@@ -103,12 +110,16 @@ def mean_log_probability(
     lm: LanguageModel,
     ids: Int[Tensor, "batch pos"],
     mask: Int[Tensor, "batch pos"],
-    counted: Tensor,
+    counted: Bool[Tensor, "batch pos"],
 ) -> Float[Tensor, " batch"]:
-    logits = lm.forward(ids, mask)[:, :-1]
-    chosen = logits.gather(-1, ids[:, 1:, None].to(logits.device))[..., 0]
+    """Mean log-probability (nats) of the tokens that are counted, per row."""
+    first = int(counted.any(dim=0).int().argmax())
+    kept = ids.shape[1] - max(first, 1) + 1
+    logits = lm.forward(ids, mask, last=kept)[:, :-1]
+    asked = ids[:, 1 - kept :].to(logits.device)
+    chosen = logits.gather(-1, asked[..., None])[..., 0]
     log_p = (chosen.float() - logits.float().logsumexp(dim=-1)).cpu()
-    weight = counted[:, 1:].float()
+    weight = counted[:, 1 - kept :].float()
     return (log_p * weight).sum(dim=1) / weight.sum(dim=1)
 
 

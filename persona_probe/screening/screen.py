@@ -5,7 +5,7 @@
 3. margin: the exact edit, teacher-forced, on every survivor; sets of up to five grow greedily from the
    best, within a block or across blocks, once at gain 1 (necessity) and once at gain 2 (control);
 4. generation and judge, only for what is left: dose-response of the cure in the tuned model and of
-   inducing in the base, settings chosen under an incoherence budget.
+   inducing in the base, settings chosen under an incoherence budget, in a race (see `racing`).
 
 Difference-of-means directions, which need no dictionary, run through the same stages beside the latents.
 All of it sees calibration questions only.
@@ -23,10 +23,10 @@ from persona_probe.model.language_model import LanguageModel
 from persona_probe.model.pair import ModelPair
 from persona_probe.screening.attribution import attributions
 from persona_probe.screening.calibrate import (
+    NECESSITY,
     Bench,
     Budget,
     Dose,
-    Knob,
     Rates,
     about_as_good,
     cures,
@@ -82,7 +82,7 @@ class Finding:
     @property
     def necessity(self) -> Rates:
         """Rates at gain 1 on every token: brought back to the base's level and no further."""
-        return next(s.rates for s in self.cure.settings if s.knob == Knob(1.0, "all"))
+        return next(s.rates for s in self.cure.settings if s.knob == NECESSITY)
 
 
 @dataclass(frozen=True, eq=False)
