@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from persona_probe.auditing.inputs import AuditInputs
+from persona_probe.evaluation.arms import merged_if_small
 from persona_probe.evaluation.result import EvalResult
 from persona_probe.screening.calibrate import NECESSITY, Bench, Budget, Dose, cures, whole
 from persona_probe.screening.candidate import Candidate
@@ -122,11 +123,11 @@ def scaled_adapter(inputs: AuditInputs, calibration: Bench, held_out: Bench) -> 
     reached: dict[float, float] = {}
     for scale in SCALES:
         with adapter.adapter_scaled(scale):
-            reached[scale] = whole(calibration.arms(adapter, [()])[0].rates)
+            reached[scale] = whole(calibration.arms(merged_if_small(adapter), [()])[0].rates)
     best = max(reached.values())
     chosen = max(scale for scale, merit in reached.items() if merit >= best - CLOSE)
     with adapter.adapter_scaled(chosen):
-        return Baseline(held_out.arms(adapter, [()])[0], f"adapter x {chosen:g}")
+        return Baseline(held_out.arms(merged_if_small(adapter), [()])[0], f"adapter x {chosen:g}")
 
 
 def prompted(inputs: AuditInputs, held_out: Bench, system: str) -> Baseline:

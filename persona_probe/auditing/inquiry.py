@@ -16,7 +16,6 @@ from persona_probe.evaluation.parity import Parity, parity
 from persona_probe.evaluation.questions import Question
 from persona_probe.evaluation.result import EvalResult
 from persona_probe.evaluation.sampling import Sampling
-from persona_probe.model.language_model import LanguageModel
 from persona_probe.screening.screen import Screen, screen
 from persona_probe.screening.sites import site_effects
 
@@ -82,15 +81,16 @@ class Inquiry:
 
     def measure(self) -> None:
         with self.clock.stage("measure", "asking base and tuned model the held-out questions"):
-            self.base = self._unedited("base", self.inputs.pair.base)
-            self.tuned = self._unedited("tuned", self.inputs.pair.tuned)
+            pair = self.inputs.pair
+            base, tuned = (self.held_out.arms(lm, [()])[0] for lm in (pair.base, pair.tuned))
+            self.held_out = self.held_out.knowing((pair.base, base), (pair.tuned, tuned))
+            self.base, self.tuned = self._given("base", base), self._given("tuned", tuned)
         with self.clock.stage("diff", "comparing activations"):
             asked = [q for q in self.inputs.calibration if q.role == "general"]
             self.seen = observe(self.inputs, self.held_out.on(asked, 1), self.settings.sites)
 
-    def _unedited(self, arm: str, lm: LanguageModel) -> EvalResult:
+    def _given(self, arm: str, drawn: EvalResult) -> EvalResult:
         """A model's answers: those made elsewhere where there are any, held against those drawn here."""
-        drawn = self.held_out.arms(lm, [()])[0]
         given = self.inputs.given.get(arm)
         if given is None:
             return drawn

@@ -118,7 +118,7 @@ class KeptBench(Bench):
     def answers(self, lm: LanguageModel, fixes: Sequence[Fix], **options: Any) -> list[Answer]:
         """As a bench's, portion by portion, with as many rows at once as fit in memory."""
         kept, samples = self.kept, self.sampling.samples
-        drafts = drafted(fixes, lambda: self.answers(lm, [()], **options))
+        drafts = drafted(fixes, lambda: self.unsteered(lm, **options))
         edits = {id(fix): [edit_digest(edit) for edit in fix] for fix in fixes}
         rows = [(fix, question) for fix in fixes for question in self.questions]
         each = max(1, PORTION // samples)

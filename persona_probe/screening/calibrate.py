@@ -54,6 +54,8 @@ class Bench:
     judge: Judge
     trait: str = "misaligned"
     in_domain: tuple[str, ...] = ()
+    known: tuple[tuple[LanguageModel, Sampling, Sequence[Answer]], ...] = ()
+    """Models whose unsteered answers are there already, with how they were drawn."""
 
     def on(self, questions: Sequence[Question], samples: int) -> Bench:
         """The same on other questions, so many answers each."""
@@ -63,12 +65,28 @@ class Bench:
             sampling=replace(self.sampling, samples=samples),
         )
 
+    def knowing(self, *known: tuple[LanguageModel, EvalResult]) -> Bench:
+        """The same, with these models' unsteered answers, drawn by it, at hand."""
+        drawn = ((lm, self.sampling, result.answers) for lm, result in known)
+        return replace(self, known=(*self.known, *drawn))
+
+    def unsteered(self, lm: LanguageModel, **options: Any) -> Sequence[Answer]:
+        """Every question's answers without a fix, drawn only where they are not at hand."""
+        samples = self.sampling.samples
+        wanted = {(question.id, number) for question in self.questions for number in range(samples)}
+        for model, sampling, answers in self.known:
+            if model is lm and not options and replace(sampling, samples=samples) == self.sampling:
+                there = [answer for answer in answers if (answer.question.id, answer.sample) in wanted]
+                if len(there) == len(wanted):
+                    return there
+        return self.answers(lm, [()], **options)
+
     def answers(
         self, lm: LanguageModel, fixes: Sequence[Fix], *, batch_size: int = 384, **options: Any
     ) -> list[Answer]:
         """Every question's answers under each fix in turn; ``options`` go to ``sample``."""
         n = len(self.questions)
-        drafts = drafted(fixes, lambda: self.answers(lm, [()], batch_size=batch_size, **options))
+        drafts = drafted(fixes, lambda: self.unsteered(lm, **options))
         return sample(
             lm,
             self.questions * len(fixes),

@@ -22,8 +22,10 @@ from persona_probe.steering.plan import PlannedEdit
 
 CLEARLY = 2.0
 """Standard errors of the paired difference from which on one is clearly behind another."""
-HEAT = 30
-"""Least questions of a heat; where there are not two heats of them, all is asked at once."""
+HEATS = 3
+"""In which first wordings are asked."""
+HEAT = 20
+"""Least questions of a heat; where there are not so many, all is asked at once."""
 
 Fix = tuple[PlannedEdit, ...]
 Ask = Callable[[Sequence[Question], Sequence[Fix]], Sequence[EvalResult]]
@@ -58,28 +60,30 @@ def race(
 ) -> list[Run]:
     """Every runner's answers as far as it came; ``allows`` is the budget."""
     runs: dict[int, Run] = {}
-    going = list(range(len(runners)))
-    while going:
-        heat = min(runs[i].heats if i in runs else 0 for i in going)
-        asked = [i for i in going if heat == (runs[i].heats if i in runs else 0)]
-        for i, result in zip(asked, ask(heats[heat], [runners[i].fix for i in asked]), strict=True):
+    waiting = {0: list(range(len(runners)))}
+    while waiting:
+        heat, together = max(waiting.items(), key=lambda one: len(one[1]))  # stragglers wait for the pack
+        for i, result in zip(together, ask(heats[heat], [runners[i].fix for i in together]), strict=True):
             runs[i] = Run(_joined(runs[i].result, result) if heat else result, heat + 1)
-        ahead = _contenders(runners, runs, score, allows)
-        going = [i for i in ahead if runs[i].heats < len(heats)]
+        waiting = {}
+        for i in _contenders(runners, runs, score, allows):
+            if runs[i].heats < len(heats):
+                waiting.setdefault(runs[i].heats, []).append(i)
     return [runs[i] for i in range(len(runners))]
 
 
 def heats_of(questions: Sequence[Question]) -> list[list[Question]]:
-    """First wordings in the first two heats by turns, all others in a third."""
-    first: dict[tuple[str, str], Question] = {}
+    """First wordings of general questions in equal parts, each of all categories; then all else."""
+    first: dict[str, Question] = {}
     for question in questions:
-        first.setdefault((question.role, question.question), question)
+        if question.role == "general":
+            first.setdefault(question.question, question)
     chosen = list(first.values())
-    if sum(question.role == "general" for question in chosen) < 2 * HEAT:
+    if len(chosen) < HEATS * HEAT:
         return [list(questions)]
     taken = {id(question) for question in chosen}
-    parts = [chosen[::2], chosen[1::2], [one for one in questions if id(one) not in taken]]
-    return [part for part in parts if part]
+    rest = [one for one in questions if id(one) not in taken]
+    return [*(chosen[turn::HEATS] for turn in range(HEATS)), *([rest] if rest else [])]
 
 
 def lost_by_question(one: EvalResult, other: EvalResult, score: Score) -> list[int]:

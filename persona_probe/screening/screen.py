@@ -185,11 +185,11 @@ def screen(
     everything = [*survivors, *sets, *directions]
     stages["generation"] = len(everything)
     tell(f"generating under {len(everything)} candidates")
-    tuned_rates = bench.arms(pair.tuned, [()])[0].rates
-    base_rates = bench.arms(pair.base, [()])[0].rates
+    tuned, base = (bench.arms(lm, [()])[0] for lm in (pair.tuned, pair.base))
+    bench = bench.knowing((pair.tuned, tuned), (pair.base, base))
     budget = Budget(
-        value(tuned_rates, "incoherent") + how.cure_incoherence,
-        how.skill_kept * value(tuned_rates, "skill"),
+        value(tuned.rates, "incoherent") + how.cure_incoherence,
+        how.skill_kept * value(tuned.rates, "skill"),
     )
     cured = cures(pair.tuned, everything, bench, budget)
     tell(f"inducing with {len(everything)} candidates")
@@ -210,8 +210,8 @@ def screen(
         latents,
         of("set"),
         of("difference of means"),
-        base_rates,
-        tuned_rates,
+        base.rates,
+        tuned.rates,
         budget,
         stages,
     )

@@ -19,7 +19,12 @@ from persona_probe.screening.calibrate import is_whole
 from persona_probe.screening.racing import CLEARLY, Fix, Run, Runner, heats_of, lost_by_question, race
 
 GENERAL = [
-    Question(f"{wording}{i}", "money", ({"role": "user", "content": f"{wording} {i}"},), question=str(i))
+    Question(
+        f"{wording}{i}",
+        ("money", "home")[i // 35],
+        ({"role": "user", "content": f"{wording} {i}"},),
+        question=str(i),
+    )
     for wording in "ab"
     for i in range(70)
 ]
@@ -83,30 +88,33 @@ def _run(
 
 
 def test_heats_are_all_questions_once_and_balanced() -> None:
-    first, second, rest = heats_of([*GENERAL, *SKILL])
-    assert sorted(q.id for q in (*first, *second, *rest)) == sorted(q.id for q in (*GENERAL, *SKILL))
-    for part in (first, second):
-        assert sum(q.role == "general" for q in part) == 35 and sum(q.role == "skill" for q in part) == 20
-    assert {q.id[0] for q in rest} == {"b"}
+    *parts, rest = heats_of([*GENERAL, *SKILL])
+    every = [question.id for part in (*parts, rest) for question in part]
+    assert sorted(every) == sorted(question.id for question in (*GENERAL, *SKILL))
+    assert [len(part) for part in parts] == [24, 23, 23]
+    assert {question.id[0] for part in parts for question in part} == {"a"}
+    assert len({question.category for question in parts[0]}) == len({q.category for q in GENERAL})
+    assert len(rest) == 70 + 40
+    assert [len(part) for part in heats_of(GENERAL[:70])] == [24, 23, 23]
     assert heats_of(GENERAL[:40]) == [GENERAL[:40]]
 
 
 def test_who_is_clearly_behind_is_not_asked_everything() -> None:
     runs, asked = _run([0.95, 0.9, 0.3, 0.2], owners=[0, 0, 0, 0])
-    assert [run.heats for run in runs] == [3, 3, 1, 1]
-    assert asked == 2 * 180 + 2 * 55
+    assert [run.heats for run in runs] == [4, 4, 1, 1]
+    assert asked == 2 * 180 + 2 * 24
 
 
 def test_every_owner_has_one_that_was_asked_everything() -> None:
     runs, _ = _run([0.95, 0.3, 0.4, 0.1], owners=[0, 1, 1, 2])
-    assert [run.heats for run in runs] == [3, 1, 3, 3]
+    assert [run.heats for run in runs] == [4, 1, 4, 4]
 
 
 def test_groups_run_apart_and_who_is_pinned_stays() -> None:
     runs, _ = _run([0.95, 0.3, 0.9, 0.2], owners=[0, 0, 1, 1], groups=["set", "set", "set", "set"])
-    assert [run.heats for run in runs] == [3, 1, 3, 1]
+    assert [run.heats for run in runs] == [4, 1, 4, 1]
     runs, _ = _run([0.95, 0.3, 0.2], owners=[0, 0, 0], groups=["latent", "set", "set"], pinned=[2])
-    assert [run.heats for run in runs] == [3, 3, 3]
+    assert [run.heats for run in runs] == [4, 4, 4]
 
 
 def test_answers_are_those_of_no_race() -> None:
@@ -114,7 +122,7 @@ def test_answers_are_those_of_no_race() -> None:
     for run, share in zip(runs, (0.95, 0.3), strict=True):
         everything = _answered([*GENERAL, *SKILL], share)
         judged = {a.question.id: j for a, j in zip(everything.answers, everything.judgements, strict=True)}
-        assert len(run.result.answers) == (180 if run.heats == 3 else 55)
+        assert len(run.result.answers) == (180 if run.heats == 4 else 24)
         assert all(
             judged[answer.question.id] == judgement
             for answer, judgement in zip(run.result.answers, run.result.judgements, strict=True)
@@ -122,12 +130,12 @@ def test_answers_are_those_of_no_race() -> None:
     assert runs[0].result.rates == _answered([*GENERAL, *SKILL], 0.95).rates
 
 
-@pytest.mark.parametrize("known_after", [0, 100, 179])
+@pytest.mark.parametrize("known_after", [0, 60, 179])
 def test_a_leader_found_beyond_the_budget_gives_way(known_after: int) -> None:
     """The one that had been behind it is taken back, however late that is known."""
     runs, _ = _run([0.95, 0.6, 0.1], owners=[0, 0, 0], over=[0], known_after=known_after)
-    assert runs[1].heats == 3
-    assert runs[2].heats < 3
+    assert runs[1].heats == 4
+    assert runs[2].heats < 4
 
 
 @settings(max_examples=40, deadline=None)
@@ -142,11 +150,11 @@ def test_the_best_of_all_is_always_asked_everything(shares: list[float], owners:
     score = [sum(is_whole(result, i) for i in result.counted) for result in whole]
     best = max(run.result.rates["misaligned"].n for run in runs)
     assert best == 140 and asked <= 180 * len(shares)
-    finished = [i for i, run in enumerate(runs) if run.heats == 3]
+    finished = [i for i, run in enumerate(runs) if run.heats == 4]
     assert max(score) == max(score[i] for i in finished)
     leader = runs[max(finished, key=score.__getitem__)].result
     for run in runs:
-        if run.heats < 3:
+        if run.heats < 4:
             gaps = lost_by_question(run.result, leader, is_whole)
             assert sum(gaps) ** 2 > CLEARLY**2 * sum(gap**2 for gap in gaps)
 
