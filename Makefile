@@ -35,7 +35,7 @@ demo: setup
 	$(BIN)/persona-probe audit
 
 test: setup
-	$(BIN)/python -m pytest -n auto --dist worksteal --jaxtyping-packages=persona_probe,tower.beartype
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .

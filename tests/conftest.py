@@ -15,6 +15,8 @@ import hypothesis
 import pytest
 from filelock import FileLock
 
+from tests.shapes import check_shapes
+
 if TYPE_CHECKING:  # a test that needs no torch need not wait for it
     from persona_probe.auditing import Audit
     from tests.auditing.planted import Planted
@@ -22,6 +24,8 @@ if TYPE_CHECKING:  # a test that needs no torch need not wait for it
 # the same examples every time: a search for new ones is for a developer's machine, not for a gate
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+check_shapes()
 
 # before torch or a Hugging Face library is imported, and inherited by every subprocess a test
 # starts
