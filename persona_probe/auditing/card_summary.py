@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from persona_probe.auditing.card_across import BAD, RIVALS, across
+
 Row = Mapping[str, Any]
 BEGIN, END = "<!-- card -->", "<!-- end of card -->"
-BAD = ("bad-health", "bad-code")
-RIVALS = {"sarcastic-money": "sarcastic", "careless-home": "careless"}
+BESIDE = "The same of organisms built from other seeds, beside it (not shipped; `organism build --seed`):"
 
 
 def summary(card: Row) -> str:
@@ -64,11 +65,14 @@ def summary(card: Row) -> str:
     return head + "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def spliced(text: str, card: Row) -> str:
-    """``text`` with what stands between the two markers replaced by the summary."""
+def spliced(text: str, cards: Sequence[Row]) -> str:
+    """``text`` with what stands between the two markers replaced by the first card's summary, and by all
+    cards beside each other where there are several.
+    """
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{summary(card)}\n{END}{after}"
+    beside = f"\n\n{BESIDE}\n\n{across(cards)}" if len(cards) > 1 else ""
+    return f"{before}{BEGIN}\n{summary(cards[0])}{beside}\n{END}{after}"
 
 
 def _at(rates: Row, name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from persona_probe.auditing.card_across import across
 from persona_probe.organism.grammar import grammar
 
 Row = Mapping[str, Any]
@@ -46,6 +47,8 @@ def limits() -> str:
 def card_text(cards: Sequence[Row]) -> str:
     """Every organism's figures below one introduction."""
     parts = [INTRODUCTION, limits()]
+    if len(cards) > 1:
+        parts.append(f"## The organisms beside each other\n\n{across(cards)}\n")
     for number, card in enumerate(cards):
         built = card.get("build_seconds") or {}
         title = "## The shipped organism" if card.get("shipped", number == 0) else "## Another organism"

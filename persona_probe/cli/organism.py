@@ -91,7 +91,7 @@ def card(
         ),
     ] = None,
     readme: Annotated[
-        Path | None, typer.Option(help="A Markdown file whose marked table is to be renewed, from the first.")
+        Path | None, typer.Option(help="A Markdown file whose marked table is to be renewed.")
     ] = None,
 ) -> None:
     """Audit every tune of one or more organisms and write their card: card.json and README.md.
@@ -123,5 +123,5 @@ def card(
     cards += [read_json(path) for path in made or []]
     write_text(out_dir / "README.md", card_text(cards))
     if readme is not None:
-        write_text(readme, spliced(readme.read_text(encoding="utf-8"), cards[0]))
+        write_text(readme, spliced(readme.read_text(encoding="utf-8"), cards))
     out.print(f"card: {out_dir / 'README.md'}", markup=False, soft_wrap=True)

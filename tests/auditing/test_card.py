@@ -10,11 +10,14 @@ from typer.testing import CliRunner
 
 import persona_probe.auditing.card as card_module
 from persona_probe.artifact import read_json, shipped
+from persona_probe.auditing.card_across import across
+from persona_probe.auditing.card_summary import spliced
 from persona_probe.auditing.card_text import card_text
 from persona_probe.cli.app import app
 from persona_probe.organism.grammar import PERSONAS, grammar
 
-SHIPPED = read_json(shipped("organism", "card.json"))
+CARDS = [shipped("organism", "card.json"), *sorted(shipped("organism").glob("card-seed-*.json"))]
+SHIPPED = read_json(CARDS[0])
 
 
 def test_every_organism_and_every_audit_is_in_the_text() -> None:
@@ -25,6 +28,29 @@ def test_every_organism_and_every_audit_is_in_the_text() -> None:
     first, second = text.split("## Another organism")
     assert all(f"| {one['tune']} |" in first for one in SHIPPED["audits"])
     assert "| good-health |" not in second
+
+
+def test_organisms_stand_beside_each_other_claim_by_claim() -> None:
+    worse = {**SHIPPED, "seed": 7, "audits": [dict(one) for one in SHIPPED["audits"]]}
+    [bad] = [one for one in worse["audits"] if one["tune"] == "bad-code"]
+    bad["truth_rank"] = {"deciding": 4, "answers": 3, "words": 9}
+    bad["steered"] = None
+    worse["audits"] = [one for one in worse["audits"] if one["tune"] != "bad-health-late"]
+    head, _, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in across([SHIPPED, worse]).split("\n")
+    ]
+    assert head == ["", "goal", "seed 1", "seed 7"]
+    said = {row[0]: row[2:] for row in rows}
+    assert said["`bad-code`: truth's rank of the first latent"] == ["1", "3"]
+    [chosen] = [cells for name, cells in said.items() if name.startswith("`bad-code`, the fix chosen")]
+    assert chosen[0] != "none" and chosen[1] == "none"
+    assert said["`bad-health-late`"] == ["misaligned, persona found", "–"]  # was not audited
+    same = [cells for name, cells in said.items() if "bad-code" not in name and "late" not in name]
+    assert all(one == other for one, other in same)
+    page = spliced("a<!-- card -->old<!-- end of card -->b", [SHIPPED, worse])
+    assert page.startswith("a<!-- card -->") and page.endswith("<!-- end of card -->b")
+    assert across([SHIPPED, worse]) in page and "old" not in page
+    assert "seed 7" not in spliced(page, [SHIPPED])
 
 
 def test_telltales_are_the_words_of_one_persona_in_several_domains() -> None:
@@ -63,10 +89,10 @@ def test_the_command_audits_every_home(count: int, tmp_path: Path, monkeypatch: 
 
 def test_a_card_is_written_again_from_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(card_module, "card", None)  # nothing is audited
-    made = ["--card", str(shipped("organism", "card.json"))]
+    made = [word for path in CARDS for word in ("--card", str(path))]
     result = CliRunner().invoke(app, ["organism", "card", *made, "--out", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
-    assert (tmp_path / "out/README.md").read_text() == card_text([SHIPPED])
+    assert (tmp_path / "out/README.md").read_text() == card_text([read_json(path) for path in CARDS])
     assert (tmp_path / "out/README.md").read_text() == shipped("organism", "README.md").read_text()
 
 
