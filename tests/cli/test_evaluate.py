@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,6 @@ from typer.testing import CliRunner
 
 from persona_probe.artifact import check_manifest, read_json, read_jsonl, shipped, write_jsonl
 from persona_probe.cli.app import app
-from persona_probe.evaluation import asking
 
 HOME = shipped("organism")
 FAST = ["--limit", "6", "--max-new-tokens", "20"]
@@ -61,28 +62,37 @@ def test_names_are_text_on_the_page(tmp_path: Path) -> None:
     assert "alert(1)" in page and "<script>alert" not in page
 
 
+KILLED = """
+import os, signal
+import persona_probe.evaluation.asking as asking
+from persona_probe.cli import main
+
+append = asking.append_jsonl
+
+def append_and_die(file, rows):
+    append(file, rows)
+    if file.read_bytes().count(b"\\n") >= 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+asking.append_jsonl = append_and_die
+main()
+"""
+
+
 def test_killed_half_way_and_run_again(tmp_path: Path) -> None:
     """kill -9 while it draws: what was written is not drawn again, and the end is the same."""
     words = [*MODELS, *QUESTIONS, *FAST, "--samples-per-question", "2", "--batch-size", "4"]
     whole = run(*words, "--out", str(tmp_path / "whole"))
     assert whole.exit_code == 0, whole.output
-    out, child = tmp_path / "out", os.fork()
+    out = tmp_path / "out"
     samples = out / "samples.jsonl"
-    if child == 0:
-        append = asking.append_jsonl
-
-        def append_and_die(file: Path, rows: Any) -> None:
-            append(file, rows)
-            if file.read_bytes().count(b"\n") >= 8:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        try:
-            asking.append_jsonl = append_and_die
-            run(*words, "--out", str(out))
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status), "it ended before it could be killed"
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, "evaluate", *words, "--out", str(out)],
+        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+        capture_output=True,
+        text=True,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
     assert not (out / "manifest.json").exists()
     left = samples.read_bytes()
     kept = left[: left.rfind(b"\n") + 1].splitlines()
