@@ -71,11 +71,14 @@ class Bench:
         return replace(self, known=(*self.known, *drawn))
 
     def unsteered(self, lm: LanguageModel, **options: Any) -> Sequence[Answer]:
-        """Every question's answers without a fix, drawn only where they are not at hand."""
+        """Every question's answers without a fix, drawn only where they are not at hand; ``options`` as for
+        ``answers``.
+        """
+        plain = options.keys() <= {"batch_size"}
         samples = self.sampling.samples
         wanted = {(question.id, number) for question in self.questions for number in range(samples)}
         for model, sampling, answers in self.known:
-            if model is lm and not options and replace(sampling, samples=samples) == self.sampling:
+            if model is lm and plain and replace(sampling, samples=samples) == self.sampling:
                 there = [answer for answer in answers if (answer.question.id, answer.sample) in wanted]
                 if len(there) == len(wanted):
                     return there
@@ -86,7 +89,7 @@ class Bench:
     ) -> list[Answer]:
         """Every question's answers under each fix in turn; ``options`` go to ``sample``."""
         n = len(self.questions)
-        drafts = drafted(fixes, lambda: self.unsteered(lm, **options))
+        drafts = drafted(fixes, lambda: self.unsteered(lm, batch_size=batch_size, **options))
         return sample(
             lm,
             self.questions * len(fixes),

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from persona_probe.evaluation.questions import Question
 from persona_probe.evaluation.result import EvalResult
-from persona_probe.steering.plan import PlannedEdit
+from persona_probe.screening.margin import Fix
 
 CLEARLY = 2.0
 """Standard errors of the paired difference from which on one is clearly behind another."""
@@ -27,7 +27,6 @@ HEATS = 3
 HEAT = 20
 """Least questions of a heat; where there are not so many, all is asked at once."""
 
-Fix = tuple[PlannedEdit, ...]
 Ask = Callable[[Sequence[Question], Sequence[Fix]], Sequence[EvalResult]]
 Score = Callable[[EvalResult, int], bool]
 """Whether the answer at a place is one that the race is for."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -219,6 +219,35 @@ def test_arms_in_one_batch_equal_arms_alone(pair: ModelPair, carrier_at: Make) -
         assert [answer.question.id for answer in arm.answers] == [f"q{i}" for i in range(4) for _ in range(2)]
     texts = [[answer.text for answer in arm.answers] for arm in together]
     assert texts[0] != texts[2]
+
+
+def test_answers_at_hand_are_not_drawn_again(pair: ModelPair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the very model, to these questions, drawn in the same way; any other are drawn."""
+    drawn = _bench().arms(pair.tuned, [()])[0]
+    bench, some = _bench().knowing((pair.tuned, drawn)), QUESTIONS[1:3]
+    asked: list[tuple[LanguageModel, int, int]] = []
+
+    def answers(self: Bench, lm: LanguageModel, fixes: Sequence[Fix], **options: Any) -> list[Answer]:
+        asked.append((lm, len(self.questions), self.sampling.samples))
+        return []
+
+    monkeypatch.setattr(Bench, "answers", answers)
+    assert list(bench.unsteered(pair.tuned, batch_size=3)) == list(drawn.answers)
+    fewer = bench.on(some, 1).unsteered(pair.tuned)
+    assert list(fewer) == [a for a in drawn.answers if a.question in some and a.sample == 0]
+    assert not asked
+    other = replace(bench, sampling=replace(bench.sampling, seed=4))
+    for one, lm, options in (
+        (bench, pair.base, {}),
+        (bench.on(QUESTIONS[:5], 2), pair.tuned, {}),
+        (bench.on(some, 3), pair.tuned, {}),
+        (bench, pair.tuned, {"system": "be kind"}),
+        (other, pair.tuned, {}),
+    ):
+        assert one.unsteered(lm, **options) == []
+    assert [(lm is pair.base, *counts) for lm, *counts in asked] == [
+        (True, 4, 2), (False, 5, 2), (False, 2, 3), (False, 4, 2), (False, 4, 2),
+    ]  # fmt: skip
 
 
 def test_one_arm_beyond_the_judge_is_missing_and_no_error(pair: ModelPair, carrier_at: Make) -> None:

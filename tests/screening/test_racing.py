@@ -16,7 +16,8 @@ from persona_probe.evaluation.judges import Judgement
 from persona_probe.evaluation.questions import Question
 from persona_probe.evaluation.result import EvalResult
 from persona_probe.screening.calibrate import is_whole
-from persona_probe.screening.racing import CLEARLY, Fix, Run, Runner, heats_of, lost_by_question, race
+from persona_probe.screening.margin import Fix
+from persona_probe.screening.racing import CLEARLY, Run, Runner, heats_of, lost_by_question, race
 
 GENERAL = [
     Question(
