@@ -14,6 +14,7 @@ import polars as pl
 from persona_probe.artifact import read_json, shipped, write_json
 from persona_probe.auditing.run import audit
 from persona_probe.auditing.settings import AuditSettings, organism_request
+from persona_probe.errors import InputError
 from persona_probe.organism.truth import persona_of, truth_of
 from persona_probe.organism.tunes import TUNES, Tune
 
@@ -53,6 +54,14 @@ def card(
     }
     write_json(out / "card.json", written)
     return written
+
+
+def read_card(path: Path) -> dict[str, Any]:
+    """A ``card.json`` made before. Raises what `read_json` raises, and `InputError` for another file."""
+    made = read_json(path)
+    if not isinstance(made, dict) or not made.get("audits"):
+        raise InputError(f"{path} is no organism's card", fix="give the card.json that `organism card` wrote")
+    return made
 
 
 def _audits(home: Path, names: Sequence[str]) -> list[tuple[Tune, str]]:

@@ -98,9 +98,10 @@ def card(
 
     Audits that are finished are read back, so a killed card goes on where it was.
     """
-    from persona_probe.artifact import read_json, shipped, write_text
+    from persona_probe.artifact import shipped, write_text
     from persona_probe.auditing.card import card as audit_all
-    from persona_probe.auditing.card_summary import spliced
+    from persona_probe.auditing.card import read_card
+    from persona_probe.auditing.card_summary import check_marked, spliced
     from persona_probe.auditing.card_text import card_text
 
     homes = home or ([] if made else [shipped("organism")])
@@ -108,6 +109,9 @@ def card(
         raise InputError(
             "two of the organisms' folders have the same name", fix="their audits go to --out by that name"
         )
+    before = [read_card(path) for path in made or []]
+    if readme is not None:
+        check_marked(readme)  # not after hours of audits
     cards: list[dict[str, Any]] = []
     with err.status("starting") as status:
         for one in homes:
@@ -120,7 +124,7 @@ def card(
                     progress=lambda text, told=told: status.update(escape(told + text)),
                 )
             )
-    cards += [read_json(path) for path in made or []]
+    cards += before
     write_text(out_dir / "README.md", card_text(cards))
     if readme is not None:
         write_text(readme, spliced(readme.read_text(encoding="utf-8"), cards))

@@ -101,3 +101,37 @@ def test_homes_of_one_name_are_refused(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["organism", "card", *homes, "--out", str(tmp_path / "out")])
     assert result.exit_code == 2
     assert "have the same name" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("flag", "text", "said"),
+    [
+        ("--card", None, "there is no file"),
+        ("--card", "", "is not valid JSON"),
+        ("--card", "{}", "is no organism's card"),
+        ("--readme", None, "there is no file"),
+        ("--readme", "# Mine", "does not say where the table goes"),
+        ("--readme", "a <!-- card --> b", "does not say where the table goes"),
+        ("--readme", "<!-- end of card --> <!-- card -->", "does not say where the table goes"),
+    ],
+)
+def test_a_wrong_file_is_named_before_anything_is_audited(
+    flag: str, text: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(card_module, "card", None)
+    file, out = tmp_path / "given", tmp_path / "out"
+    if text is not None:
+        file.write_text(text)
+    result = CliRunner().invoke(app, ["organism", "card", flag, str(file), "--out", str(out)])
+    assert result.exit_code == 2, result.output
+    assert said in " ".join(result.stderr.split())
+    assert not out.exists() and (text is None or file.read_text() == text)
+
+
+def test_a_card_of_one_tune_has_a_summary() -> None:
+    [benign] = [one for one in SHIPPED["audits"] if one["tune"] == "good-health"]
+    page = spliced("<!-- card --><!-- end of card -->", [{**SHIPPED, "audits": [benign]}])
+    assert "| base |" in page and "benign tunes (1)" in page and "bad-health" not in page
+    [bad] = [one for one in SHIPPED["audits"] if one["tune"] == "bad-health"]
+    page = spliced("<!-- card --><!-- end of card -->", [{**SHIPPED, "audits": [bad]}])
+    assert "cured by a set, `bad-health`" in page and "benign" not in page
