@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -18,8 +19,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from persona_probe import artifact
 from persona_probe.artifact import (
@@ -40,6 +43,7 @@ from persona_probe.artifact import (
     write_manifest,
     write_text,
 )
+from persona_probe.artifact.atomic import remove_partials
 from persona_probe.errors import BusyError, DiskFullError, InputError, MissingPathError
 
 
@@ -86,8 +90,7 @@ def test_kill_in_the_middle_of_a_folder(tmp_path: Path, existing: bool) -> None:
             (folder / "x").write_text("old")
     killed_while(
         tmp_path,
-        "with atomic_folder(here / 'a', overwrite=True) as f:\n"
-        "    (f / 'x').write_text('new'); wait()",
+        "with atomic_folder(here / 'a', overwrite=True) as f:\n    (f / 'x').write_text('new'); wait()",
     )
     assert (tmp_path / "a").exists() == existing
     if existing:
@@ -130,6 +133,33 @@ def test_a_folder_that_another_writer_is_filling_is_let_be(tmp_path: Path) -> No
     assert (tmp_path / "a" / "x").read_text() == "first"
 
 
+def test_a_file_that_another_writer_is_filling_is_let_be_however_it_is_filled(tmp_path: Path) -> None:
+    with atomic_file(tmp_path / "a.safetensors") as file:
+        # writes beside the place that it is given, and renames
+        save_file({"x": torch.ones(3)}, file)
+        remove_partials(tmp_path)
+    assert torch.equal(load_file(tmp_path / "a.safetensors")["x"], torch.ones(3))
+    assert names(tmp_path) == ["a.safetensors"]
+
+
+def test_a_place_that_is_cleared_up_before_it_is_locked_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock, passes = fcntl.flock, iter([True, False, True])
+
+    def late(handle: int, kind: int) -> None:
+        if kind == fcntl.LOCK_EX and next(passes, False):
+            remove_partials(tmp_path)
+        flock(handle, kind)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    for content in ("first", "second"):
+        write_text(tmp_path / "a", content)
+        assert (tmp_path / "a").read_text() == content
+        assert names(tmp_path) == ["a"]
+    assert next(passes, None) is None
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_error_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
     with pytest.raises(error), atomic_folder(tmp_path / "a") as folder:
@@ -153,9 +183,7 @@ def no_room(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_full_disk_is_named_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_json(tmp_path / "a.json", 1)
     monkeypatch.setattr(os, "fsync", no_room)
     with pytest.raises(DiskFullError, match=r"a\.json"):
@@ -444,9 +472,7 @@ def test_a_stage_with_a_flipped_byte_is_refused(tmp_path: Path) -> None:
             run.stage("diff")
 
 
-def test_a_full_disk_keeps_the_stages_that_are_done(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_keeps_the_stages_that_are_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with RunFolder.open(tmp_path / "out", {}) as run:
         run.save_stage("first", 1)
         with monkeypatch.context() as patch:

@@ -15,7 +15,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from persona_probe.errors import DiskFullError, InputError
@@ -47,25 +47,17 @@ def disk_full_named(path: StrPath) -> Generator[None, None, None]:
 
 @contextmanager
 def atomic_file(path: StrPath) -> Generator[Path, None, None]:
-    """Yield a path beside `path` to write to; renamed onto it on success, removed on any failure.
+    """Yield a path to write to, of the same name; renamed onto `path` on success, removed on any failure.
 
     Raises `DiskFullError` when there is no room.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
-    with disk_full_named(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o666)
-        # held while the file is being filled: see `remove_partials`
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        try:
-            yield temporary
-            _sync(temporary)
-            temporary.replace(path)
-            _sync(path.parent)
-        finally:
-            os.close(handle)
-            temporary.unlink(missing_ok=True)
+    with disk_full_named(path), _partial_beside(path) as folder:
+        temporary = folder / path.name
+        yield temporary
+        _sync(temporary)
+        temporary.replace(path)
+        _sync(path.parent)
 
 
 @contextmanager
@@ -79,27 +71,42 @@ def atomic_folder(path: StrPath, *, overwrite: bool = False) -> Generator[Path, 
     _recover(path)
     if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path} exists and is not empty", fix="choose another place, or overwrite it")
-    with disk_full_named(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
-        temporary.mkdir()
-        handle = os.open(temporary, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        try:
-            yield temporary
-            for folder, _, names in os.walk(temporary):
-                for name in names:
-                    _sync(Path(folder, name))
-                _sync(Path(folder))
-            replaced = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_REPLACED}")
-            if path.exists():
-                path.rename(replaced)
-            temporary.rename(path)
-            _sync(path.parent)
-            remove(replaced)
-        finally:
+    with disk_full_named(path), _partial_beside(path) as temporary:
+        yield temporary
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                _sync(Path(folder, name))
+            _sync(Path(folder))
+        replaced = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_REPLACED}")
+        if path.exists():
+            path.rename(replaced)
+        temporary.rename(path)
+        _sync(path.parent)
+        remove(replaced)
+
+
+@contextmanager
+def _partial_beside(path: Path) -> Generator[Path, None, None]:
+    """An empty folder beside `path` to fill, locked meanwhile (see `remove_partials`) and then removed.
+
+    What is locked is a folder even for a file: safetensors writes a file of its own choice there and
+    renames it, which no lock on a file outlives.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        folder = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
+        folder.mkdir()
+        with suppress(FileNotFoundError):  # another process may clear it up before it is locked
+            handle = os.open(folder, os.O_RDONLY)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if folder.exists():
+                break
             os.close(handle)
-            remove(temporary)
+    try:
+        yield folder
+    finally:
+        os.close(handle)
+        remove(folder)
 
 
 def _recover(path: Path) -> None:

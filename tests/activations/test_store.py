@@ -75,6 +75,12 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
+def different(folder: Path) -> list[str]:
+    """The files that are not, byte for byte, those of the store that nothing went wrong with."""
+    found, expected = content(folder), content(whole().path)
+    return sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+
+
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole().path, tmp_path / "copy"))
@@ -85,12 +91,13 @@ def in_a_child(out: Path, fsync: Callable[[int], None], share: Share | None = No
 
     Without the table that `capture` ends with: polars has threads, which do not survive a fork.
     """
+    plan = planned()  # before the fork: children that make the models themselves write one checkpoint at once
     child = os.fork()
     if child == 0:
         signal.alarm(30)  # a child that hangs must not hang the tests
         os.fsync = fsync  # type: ignore[assignment]
         try:
-            write_store(out, planned(), planned().compute, share=share)
+            write_store(out, plan, plan.compute, share=share)
         finally:
             os._exit(0)
     return child
@@ -111,7 +118,6 @@ def killed_at(step: int, out: Path) -> bool:
 
 
 def test_killed_at_every_sync_it_goes_on_to_the_same_bits(tmp_path: Path) -> None:
-    expected = content(whole().path)
     shards = len(whole().shards)
     assert shards >= 3
     steps = 0
@@ -122,13 +128,13 @@ def test_killed_at_every_sync_it_goes_on_to_the_same_bits(tmp_path: Path) -> Non
                 ActivationStore.open(out)
         before = {file: file.stat().st_mtime_ns for file in out.glob("shards/*.json")}
         write_store(out, planned(), planned().compute)
-        assert content(out) == expected
+        assert different(out) == []
         assert all(file.stat().st_mtime_ns == when for file, when in before.items()), "did a shard again"
         shutil.rmtree(out)
         steps += 1
     # settings, two files a shard, the manifest: the file and its folder are synced each time
     assert steps == 2 + 4 * shards + 2
-    assert content(out) == expected
+    assert different(out) == []
 
 
 def test_killed_again_and_again_at_any_moment(tmp_path: Path) -> None:
@@ -143,14 +149,14 @@ def test_killed_again_and_again_at_any_moment(tmp_path: Path) -> None:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     write(out)
-    assert content(out) == content(whole().path)
+    assert different(out) == []
 
 
 def test_processes_that_share_the_work_leave_the_same_bits(tmp_path: Path) -> None:
     out = tmp_path / "at once"
     for child in [in_a_child(out, lambda _: None, Share(index, 3)) for index in (2, 0, 1)]:
         os.waitpid(child, 0)
-    assert content(out) == content(whole().path)
+    assert different(out) == []
     out = tmp_path / "one by one"
     for index in (1, 2):
         with pytest.raises(UnfinishedError, match="shards are left to other processes"):
@@ -166,7 +172,7 @@ def test_processes_that_share_the_work_leave_the_same_bits(tmp_path: Path) -> No
         write(out, share=Share(1, 3), sink_factor=None)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    assert content(write(out, share=Share(0, 3)).path) == content(whole().path)
+    assert different(write(out, share=Share(0, 3)).path) == []
 
 
 def test_an_error_between_shards_loses_nothing_either(tmp_path: Path) -> None:
@@ -178,7 +184,7 @@ def test_an_error_between_shards_loses_nothing_either(tmp_path: Path) -> None:
 
     with pytest.raises(Stop):
         write(tmp_path, progress=stop)
-    assert content(write(tmp_path).path) == content(whole().path)
+    assert different(write(tmp_path).path) == []
 
 
 @settings(max_examples=30)
@@ -211,7 +217,7 @@ def test_a_truncated_shard_is_found_when_the_store_is_opened(data: st.DataObject
         # what the message says to do puts it right
         (copy / shard.name).with_suffix(".json").unlink()
         (copy / "manifest.json").unlink()
-        assert content(write(copy).path) == content(whole().path)
+        assert different(write(copy).path) == []
 
 
 def test_a_damaged_shard_is_not_built_upon(copy: Path) -> None:

@@ -102,7 +102,8 @@ def test_a_run_that_stopped_goes_on_to_the_same_weights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("syncs", [3, 12, 40, 41, 42])
 def test_killed_in_the_middle_of_a_checkpoint(syncs: int, tmp_path: Path) -> None:
-    out, child = tmp_path / "sae", os.fork()
+    out, source = tmp_path / "sae", stored()
+    child = os.fork()
     if child == 0:
         signal.alarm(60)
         left = [syncs]
@@ -115,7 +116,7 @@ def test_killed_in_the_middle_of_a_checkpoint(syncs: int, tmp_path: Path) -> Non
         os.fsync = fsync  # type: ignore[assignment]
         # autograd has threads of its own, which do not survive a fork: the parent has not started them
         try:
-            train_sae(stored(), SITE, out, **FAST, checkpoint_seconds=0.0)
+            train_sae(source, SITE, out, **FAST, checkpoint_seconds=0.0)
         finally:
             os._exit(0)
     _, status = os.waitpid(child, 0)
