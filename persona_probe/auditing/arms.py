@@ -121,13 +121,17 @@ def scaled_adapter(inputs: AuditInputs, calibration: Bench, held_out: Bench) -> 
     if adapter is None:
         return None
     reached: dict[float, float] = {}
-    for scale in SCALES:
+
+    def arm(bench: Bench, scale: float) -> EvalResult:
         with adapter.adapter_scaled(scale):
-            reached[scale] = whole(calibration.arms(merged_if_small(adapter), [()])[0].rates)
+            lm = merged_if_small(adapter) if scale else inputs.pair.base
+            return bench.arms(lm, [()])[0]
+
+    for scale in SCALES:
+        reached[scale] = whole(arm(calibration, scale).rates)
     best = max(reached.values())
     chosen = max(scale for scale, merit in reached.items() if merit >= best - CLOSE)
-    with adapter.adapter_scaled(chosen):
-        return Baseline(held_out.arms(merged_if_small(adapter), [()])[0], f"adapter x {chosen:g}")
+    return Baseline(arm(held_out, chosen), f"adapter x {chosen:g}")
 
 
 def prompted(inputs: AuditInputs, held_out: Bench, system: str) -> Baseline:

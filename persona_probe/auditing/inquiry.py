@@ -63,13 +63,10 @@ class Inquiry:
             inputs.in_domain,
             kept=kept,
         )
-        general = [
-            q for q in inputs.calibration if q.role == "general" and q.category not in inputs.in_domain
-        ]
+        general = [q for q in _general(inputs.calibration) if q.category not in inputs.in_domain]
         asked = _wordings(general, settings.calibration_samples)
         each = max(1, round(settings.calibration_samples * len(_wordings(general, 1)) / len(asked)))
         self.calibration = self.held_out.on([*asked, *_skill(inputs.calibration)], each)
-        self.brief = self.held_out.on(_wordings(general, 1), 1)
         self.screen: Screen | None = None
         self.seen: Observations | None = None
         self.fixed: list[arms_.Fixed] = []
@@ -86,8 +83,8 @@ class Inquiry:
             self.held_out = self.held_out.knowing((pair.base, base), (pair.tuned, tuned))
             self.base, self.tuned = self._given("base", base), self._given("tuned", tuned)
         with self.clock.stage("diff", "comparing activations"):
-            asked = [q for q in self.inputs.calibration if q.role == "general"]
-            self.seen = observe(self.inputs, self.held_out.on(asked, 1), self.settings.sites)
+            asked = self.held_out.on(_general(self.inputs.calibration), 1)
+            self.seen = observe(self.inputs, asked, self.settings.sites)
 
     def _given(self, arm: str, drawn: EvalResult) -> EvalResult:
         """A model's answers: those made elsewhere where there are any, held against those drawn here."""
@@ -104,6 +101,9 @@ class Inquiry:
         if not seen.contrasts:
             return
         with clock.stage("screen", "screening"):
+            self.calibration = self.calibration.knowing(
+                *((lm, self.calibration.arms(lm, [()])[0]) for lm in (inputs.pair.base, inputs.pair.tuned))
+            )
             self.sites = site_effects(inputs.pair, [e.site for e in seen.evidence], seen.contrasts)
             self.screen = screen(
                 inputs.pair,
@@ -120,11 +120,10 @@ class Inquiry:
             self.fixed = arms_.fixed_arms(inputs, self.held_out, self.screen.headline)
             self.chosen = next(f for f in self.fixed if f.finding is self.screen.best)
         with clock.stage("nulls", f"{settings.controls} random latents and {settings.controls} directions"):
-            general = [q for q in self.held_out.questions if q.role == "general"]
-            asked = [q for q in general if q.category not in inputs.in_domain]
+            asked = [q for q in _general(self.held_out.questions) if q.category not in inputs.in_domain]
             self.nulls = arms_.null_arms(
                 inputs,
-                self.brief,
+                self.calibration.on(_wordings(_general(self.calibration.questions), 1), 1),
                 self.held_out.on(_enough(asked, self.settings.samples), self.settings.samples),
                 seen.evidence,
                 self.screen.best,
@@ -146,6 +145,10 @@ class Inquiry:
                     known=self.fixed,
                 ),
             }
+
+
+def _general(questions: Sequence[Question]) -> list[Question]:
+    return [question for question in questions if question.role == "general"]
 
 
 def _skill(questions: Sequence[Question]) -> list[Question]:

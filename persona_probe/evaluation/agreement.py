@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from scipy import stats
 
 from persona_probe.errors import InputError, MismatchError
 from persona_probe.evaluation.intervals import korn_graubard
@@ -163,7 +162,9 @@ def _scores(human: Sequence[float | None], judge: Sequence[float | None]) -> Sco
     if not both:
         return Scores(0, None, None, None, None)
     h, j = np.array(both, dtype=np.float64).T
-    ranks = np.stack([stats.rankdata(h), stats.rankdata(j)])
+    from scipy.stats import rankdata  # a second to load, which no evaluation should wait for
+
+    ranks = np.stack([rankdata(h), rankdata(j)])
     varied = bool((ranks.std(axis=1) > 0).all())
     return Scores(
         n=len(both),

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import special, stats
+from scipy import special
 
 from persona_probe.errors import InputError
 from persona_probe.evaluation.intervals import ENOUGH_QUESTIONS, Hits
@@ -160,7 +160,9 @@ def _enough(questions: int, samples: int, rate: float, correlation: float) -> fl
     spread = 1 / correlation - 1
     a, b = rate * spread, (1 - rate) * spread
     shows = 1 - math.exp(special.betaln(a, b + samples) - special.betaln(a, b))
-    return float(stats.binom.sf(ENOUGH_QUESTIONS - 1, questions, shows))
+    if questions < ENOUGH_QUESTIONS:
+        return 0.0
+    return float(special.bdtrc(ENOUGH_QUESTIONS - 1, questions, shows))
 
 
 def _design(questions: int, samples: int, options: dict[str, float]) -> Design:

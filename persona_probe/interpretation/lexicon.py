@@ -22,7 +22,6 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 from jaxtyping import Bool, Float
-from scipy.stats import rankdata
 
 from persona_probe.interpretation.examples import priority
 from persona_probe.interpretation.words import Word
@@ -164,5 +163,7 @@ def _auc(scores: Float[np.ndarray, " document"], strong: Bool[np.ndarray, " docu
     n_strong, n_rest = int(strong.sum()), int((~strong).sum())
     if not n_strong or not n_rest:
         return math.nan
+    from scipy.stats import rankdata  # a second to load, which no audit should wait for
+
     ranks = rankdata(scores)
     return float((ranks[strong].sum() - n_strong * (n_strong + 1) / 2) / (n_strong * n_rest))

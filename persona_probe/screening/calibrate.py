@@ -102,7 +102,10 @@ class Bench:
 
     def arms(self, lm: LanguageModel, fixes: Sequence[Fix], **options: Any) -> list[EvalResult]:
         """One result per fix, drawn with the same random numbers; ``options`` go to ``answers``."""
-        answers = self.answers(lm, fixes, **options)
+        steered = any(fixes)
+        answers = (
+            self.answers(lm, fixes, **options) if steered else [*self.unsteered(lm, **options)] * len(fixes)
+        )
         # all arms at once: one whose every answer is beyond the judge is not the judge's failure
         judgements = self.judge.judge(answers)
         each = len(self.questions) * self.sampling.samples
