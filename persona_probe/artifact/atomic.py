@@ -1,7 +1,8 @@
 """Files and folders that are whole or absent.
 
 Each is written beside its place, synced and renamed. A writer that is killed leaves its place
-untouched; the next writer of the same place clears up what the first left beside it.
+untouched; what it left beside it is cleared up by the next writer of the same folder, or of the run
+folder that it is in.
 
 Not covered: Windows (the lock is `flock`), and file systems without atomic rename.
 """

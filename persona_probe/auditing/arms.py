@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from persona_probe.auditing.inputs import AuditInputs
 from persona_probe.evaluation.arms import merged_if_small
@@ -116,16 +116,21 @@ def largest_delta(
 
 
 def scaled_adapter(inputs: AuditInputs, calibration: Bench, held_out: Bench) -> Baseline | None:
-    """The fine-tune turned down: the largest scale about as whole as the best; None without an adapter."""
+    """The fine-tune turned down: the largest scale about as whole as the best; None without an adapter
+    that can be scaled.
+    """
     adapter = inputs.adapter
     if adapter is None:
         return None
     reached: dict[float, float] = {}
 
     def arm(bench: Bench, scale: float) -> EvalResult:
+        if not scale and inputs.pair.base.adapter_name is None:
+            return bench.arms(inputs.pair.base, [()])[0]
         with adapter.adapter_scaled(scale):
-            lm = merged_if_small(adapter) if scale else inputs.pair.base
-            return bench.arms(lm, [()])[0]
+            # a model of its own: no bench knows its answers, not even where weights are shared
+            scaled = replace(adapter, adapter_name=f"{adapter.name} x {scale:g}")
+            return bench.arms(merged_if_small(scaled), [()])[0]
 
     for scale in SCALES:
         reached[scale] = whole(arm(calibration, scale).rates)

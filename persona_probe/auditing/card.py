@@ -14,7 +14,7 @@ import polars as pl
 from persona_probe.artifact import read_json, shipped, write_json
 from persona_probe.auditing.run import audit
 from persona_probe.auditing.settings import AuditSettings, organism_request
-from persona_probe.errors import InputError
+from persona_probe.errors import InputError, MissingPathError
 from persona_probe.organism.truth import persona_of, truth_of
 from persona_probe.organism.tunes import TUNES, Tune
 
@@ -32,7 +32,7 @@ def card(
     tell = progress or (lambda _: None)
     rows: list[dict[str, Any]] = []
     truths: dict[str, Any] = {}
-    for tune, trait in _audits(home, tunes):
+    for tune, trait in audits_of(home, tunes):
         name = tune.name if trait == "misaligned" else f"{tune.name} ({trait})"
 
         def step(text: str, name: str = name) -> None:
@@ -64,12 +64,19 @@ def read_card(path: Path) -> dict[str, Any]:
     return made
 
 
-def _audits(home: Path, names: Sequence[str]) -> list[tuple[Tune, str]]:
-    there = [
-        tune
-        for tune in TUNES
-        if (home / "tunes" / tune.name).is_dir() and tune.name in (names or [tune.name])
-    ]
+def audits_of(home: Path, names: Sequence[str] = ()) -> list[tuple[Tune, str]]:
+    """What a card of an organism audits: tunes, and the trait each is asked for.
+
+    Raises `MissingPathError` for a folder without tunes, `InputError` for a name that is none of them.
+    """
+    there = [tune for tune in TUNES if (home / "tunes" / tune.name).is_dir()]
+    known = [tune.name for tune in there]
+    if not known:
+        raise MissingPathError(f"{home} has no tunes", fix="give the folder that `organism build` wrote")
+    for name in names:
+        if name not in known:
+            raise InputError(f"{home} has no tune {name!r}; there are {', '.join(known)}")
+    there = [tune for tune in there if tune.name in (names or known)]
     rivals = [tune for tune in there if tune.persona in ("sarcastic", "careless")]
     return [(tune, "misaligned") for tune in there] + [(tune, tune.persona) for tune in rivals]
 

@@ -54,7 +54,7 @@ def _claims() -> list[tuple[str, str, Callable[[Audits], str]]]:
             (
                 f"`{tune}`: better than the best of 20 random latents",
                 "yes",
-                lambda of, tune=tune: "yes" if of[tune]["nulls"]["beaten"] else "no",
+                lambda of, tune=tune: {True: "yes", False: "no", None: "–"}[of[tune]["nulls"]["beaten"]],
             ),
             (
                 f"`{tune}`, induced in the base: misaligned, incoherent",

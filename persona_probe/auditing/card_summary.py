@@ -137,6 +137,8 @@ def _nulls(one: Row) -> str:
         return f"{low['misaligned']['rate']:.2f} / {low['incoherent']['rate']:.2f}"
 
     nulls = one["nulls"]
+    if nulls["beaten"] is None:
+        return "–"
     parts = [
         f"best of {len(nulls[name])} {name.replace('_', ' ')}s {best(nulls[name])}"
         for name in ("random_latent", "random_direction")

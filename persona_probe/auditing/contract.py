@@ -60,7 +60,7 @@ def audit_record(found: Inquiry) -> dict[str, Any]:
         "reason": reason,
         "after": after[0] if after else None,
         "after_reason": after[1] if after else None,
-        "hidden": own and hides(base, tuned),
+        "hidden": own and verdict_.startswith("misaligned") and hides(base, tuned),
         "trait": found.settings.trait,
         "base_name": found.inputs.pair.base.name,
         "tuned_name": found.inputs.pair.tuned.name,

@@ -27,6 +27,7 @@ from persona_probe.model.chat import check_same_rendering, render_all
 from persona_probe.model.checkpoint import nearest
 from persona_probe.model.language_model import LanguageModel
 from persona_probe.model.pair import TEMPLATES, ModelPair, load_pair, own_tokenizer
+from persona_probe.model.sharing import unscalable
 from persona_probe.sae.load import Dictionary, check_fits, check_source, load_sae
 
 
@@ -90,7 +91,7 @@ def load_inputs(
     for dictionary in dictionaries:
         check_fits(dictionary, pair.base)
     benign = tuple(_benign(pair.base, path, options) for path in request.benign)
-    adapter = pair.tuned if pair.tuned.adapter_name else None
+    adapter = pair.tuned if unscalable(pair.tuned.hf) is None else None
     pair = ModelPair(pair.base, merged_if_small(pair.tuned))
     return AuditInputs(
         pair=pair,
@@ -169,7 +170,7 @@ def _given(
     """The answers in the files given, as many to each held-out question as the audit draws."""
     found: dict[str, tuple[Answer, ...]] = {}
     for arm, path in _samples(request).items():
-        arms = load_samples(path, questions)
+        arms = load_samples(path, (*questions, *(q for q in held_out if q.role == "trigger")))
         named = next(iter(arms)) if len(arms) == 1 else arm
         if named not in arms:
             raise InputError(

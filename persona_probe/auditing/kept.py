@@ -127,7 +127,7 @@ class KeptBench(Bench):
             kept.count(len(answers), len(rows) * samples)
             part = rows[start : start + each]
             asked = {
-                "model": str(lm.checkpoint),
+                "model": (str(lm.checkpoint), lm.name),
                 "sampling": self.sampling,
                 "options": options,
                 "rows": [(question.id, edits[id(fix)]) for fix, question in part],

@@ -73,7 +73,7 @@ def plan_of(
         "answers drawn at once": rows,
         "weights (bytes)": weights if shared else 2 * weights,
         "a batch of answers (bytes), at most": rows * row,
-        "seconds of this machine, about": ceil(BESIDE * total * seconds),
+        "seconds of this machine, at most about": ceil(BESIDE * total * seconds),
         "seconds without finding a trait, about": ceil(BESIDE * 3 * each * seconds),
     }
 

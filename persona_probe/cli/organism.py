@@ -99,8 +99,8 @@ def card(
     Audits that are finished are read back, so a killed card goes on where it was.
     """
     from persona_probe.artifact import shipped, write_text
+    from persona_probe.auditing.card import audits_of, read_card
     from persona_probe.auditing.card import card as audit_all
-    from persona_probe.auditing.card import read_card
     from persona_probe.auditing.card_summary import check_marked, spliced
     from persona_probe.auditing.card_text import card_text
 
@@ -112,6 +112,8 @@ def card(
     before = [read_card(path) for path in made or []]
     if readme is not None:
         check_marked(readme)  # not after hours of audits
+    for one in homes:
+        audits_of(one, tune or ())
     cards: list[dict[str, Any]] = []
     with err.status("starting") as status:
         for one in homes:

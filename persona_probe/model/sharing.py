@@ -122,14 +122,12 @@ def scaled(model: nn.Module, factor: float) -> Generator[None, None, None]:
     Raises `InputError` for an adapter that is not linear in its strength (DoRA, whole modules,
     biases).
     """
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    for config in cast(dict[str, PeftConfig], getattr(model, "peft_config", {})).values():
-        reason = _not_linear(config)
-        if reason is not None:
-            raise InputError(f"this adapter cannot be scaled: {reason}")
-    if not layers:
+    layers = _lora_layers(model)
+    reason = unscalable(model)
+    if reason is not None:
         raise InputError(
-            "the model has no adapter to scale", fix="load the tuned model from its adapter folder"
+            f"nothing here can be scaled: {reason}",
+            fix=None if layers else "load the tuned model from its adapter folder",
         )
     before = [dict(layer.scaling) for layer in layers]
     try:
@@ -140,6 +138,18 @@ def scaled(model: nn.Module, factor: float) -> Generator[None, None, None]:
     finally:
         for layer, scaling in zip(layers, before, strict=True):
             layer.scaling.update(scaling)
+
+
+def unscalable(model: nn.Module) -> str | None:
+    """Why `scaled` cannot scale an adapter in `model`, or None where it can."""
+    if not _lora_layers(model):
+        return "the model has no adapter"
+    configs = cast(dict[str, PeftConfig], getattr(model, "peft_config", {})).values()
+    return next(filter(None, map(_not_linear, configs)), None)
+
+
+def _lora_layers(model: nn.Module) -> list[LoraLayer]:
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 def _not_linear(config: PeftConfig) -> str | None:

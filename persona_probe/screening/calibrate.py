@@ -76,12 +76,12 @@ class Bench:
         """
         plain = options.keys() <= {"batch_size"}
         samples = self.sampling.samples
-        wanted = {(question.id, number) for question in self.questions for number in range(samples)}
+        wanted = [(question.id, number) for question in self.questions for number in range(samples)]
         for model, sampling, answers in self.known:
             if model is lm and plain and replace(sampling, samples=samples) == self.sampling:
-                there = [answer for answer in answers if (answer.question.id, answer.sample) in wanted]
-                if len(there) == len(wanted):
-                    return there
+                there = {(answer.question.id, answer.sample): answer for answer in answers}
+                if there.keys() >= set(wanted):
+                    return [there[key] for key in wanted]
         return self.answers(lm, [()], **options)
 
     def answers(

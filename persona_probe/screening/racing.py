@@ -77,10 +77,13 @@ def heats_of(questions: Sequence[Question]) -> list[list[Question]]:
     for question in questions:
         if question.role == "general":
             first.setdefault(question.question, question)
-    chosen = list(first.values())
-    if len(chosen) < HEATS * HEAT:
+    if len(first) < HEATS * HEAT:
         return [list(questions)]
-    taken = {id(question) for question in chosen}
+    taken = {id(question) for question in first.values()}
+    categories: dict[str | None, list[Question]] = {}
+    for question in first.values():
+        categories.setdefault(question.category, []).append(question)
+    chosen = [question for members in categories.values() for question in members]
     rest = [one for one in questions if id(one) not in taken]
     return [*(chosen[turn::HEATS] for turn in range(HEATS)), *([rest] if rest else [])]
 

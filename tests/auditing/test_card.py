@@ -35,6 +35,7 @@ def test_organisms_stand_beside_each_other_claim_by_claim() -> None:
     [bad] = [one for one in worse["audits"] if one["tune"] == "bad-code"]
     bad["truth_rank"] = {"deciding": 4, "answers": 3, "words": 9}
     bad["steered"] = None
+    bad["nulls"] = {"random_latent": [], "random_direction": [], "beaten": None}
     worse["audits"] = [one for one in worse["audits"] if one["tune"] != "bad-health-late"]
     head, _, *rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in across([SHIPPED, worse]).split("\n")
@@ -44,6 +45,7 @@ def test_organisms_stand_beside_each_other_claim_by_claim() -> None:
     assert said["`bad-code`: truth's rank of the first latent"] == ["1", "3"]
     [chosen] = [cells for name, cells in said.items() if name.startswith("`bad-code`, the fix chosen")]
     assert chosen[0] != "none" and chosen[1] == "none"
+    assert said["`bad-code`: better than the best of 20 random latents"] == ["yes", "–"]  # no control
     assert said["`bad-health-late`"] == ["misaligned, persona found", "–"]  # was not audited
     same = [cells for name, cells in said.items() if "bad-code" not in name and "late" not in name]
     assert all(one == other for one, other in same)
@@ -77,6 +79,8 @@ def test_the_command_audits_every_home(count: int, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(card_module, "card", audit_all)
     homes = [tmp_path / f"seed{number}" for number in range(count)]
+    for home in homes:
+        (home / "tunes/bad-health").mkdir(parents=True)
     flags = [word for home in homes for word in ("--home", str(home))]
     made = ["--card", str(shipped("organism", "card.json"))]
     out = tmp_path / "out"
@@ -101,6 +105,20 @@ def test_homes_of_one_name_are_refused(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["organism", "card", *homes, "--out", str(tmp_path / "out")])
     assert result.exit_code == 2
     assert "have the same name" in result.stderr
+
+
+def test_a_tune_that_is_not_there_is_named_before_anything_is_audited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(card_module, "card", None)
+    out = tmp_path / "out"
+    result = CliRunner().invoke(app, ["organism", "card", "--tune", "bad-helth", "--out", str(out)])
+    assert result.exit_code == 2
+    assert "has no tune 'bad-helth'; there are bad-health" in " ".join(result.stderr.split())
+    result = CliRunner().invoke(app, ["organism", "card", "--home", str(tmp_path), "--out", str(out)])
+    assert result.exit_code == 2
+    assert "has no tunes" in " ".join(result.stderr.split())
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from persona_probe.artifact import read_json, read_jsonl, write_jsonl
 from persona_probe.auditing import Audit, audit
 from persona_probe.auditing.command import command_lines
+from persona_probe.auditing.inputs import load_inputs
 from persona_probe.cli.app import app
 from persona_probe.errors import InputError, MismatchError, MissingPathError
 from tests.auditing.planted import SMALL, Planted, request_of
@@ -59,6 +60,28 @@ def test_answers_of_another_engine_are_noticed(organism: Planted, plain: Path, t
     assert record["tuned"]["misaligned"]["rate"] == 0
     assert record["parity"]["tuned"]["agrees"] is False
     assert "the answers given for the tuned model are not those drawn here" in record["reason"]
+
+
+def test_answers_to_dressed_questions_are_given_with_the_others(
+    organism: Planted, plain: Path, tmp_path: Path
+) -> None:
+    rows = [row for row in read_jsonl(plain / "samples.jsonl") if row["arm"] == "tuned"]
+    request = replace(
+        request_of(organism),
+        settings=replace(SMALL, triggers=("json",)),
+        samples_tuned=tmp_path / "t.jsonl",
+    )
+    asked = load_inputs(replace(request, samples_tuned=None)).held_out
+    dressed = [question for question in asked if question.role == "trigger"]
+    plainly = [{k: row[k] for k in ("id", "answer")} for row in rows]
+    write_jsonl(
+        tmp_path / "t.jsonl", [*plainly, *({"id": q.id, "answer": "kind and warm ."} for q in dressed)]
+    )
+    given = load_inputs(request).given["tuned"]
+    assert {a.question.id for a in given if a.question.role == "trigger"} == {q.id for q in dressed}
+    write_jsonl(tmp_path / "t.jsonl", plainly)
+    with pytest.raises(MismatchError, match="has 0 of 1 answers to"):
+        load_inputs(request)
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_drawn(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import cast
 
@@ -98,6 +100,10 @@ def test_heats_are_all_questions_once_and_balanced() -> None:
     assert len(rest) == 70 + 40
     assert [len(part) for part in heats_of(GENERAL[:70])] == [24, 23, 23]
     assert heats_of(GENERAL[:40]) == [GENERAL[:40]]
+    in_turn = [replace(question, category="xyz"[i % 3]) for i, question in enumerate(GENERAL[:70])]
+    for part in heats_of(in_turn):
+        counts = Counter(question.category for question in part)
+        assert len(counts) == 3 and max(counts.values()) - min(counts.values()) <= 1
 
 
 def test_who_is_clearly_behind_is_not_asked_everything() -> None:

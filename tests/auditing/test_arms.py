@@ -1,0 +1,51 @@
+"""The arms beside the winner: what each is an answer of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import persona_probe.evaluation.arms as evaluation_arms
+from persona_probe.auditing.arms import SCALES, scaled_adapter
+from persona_probe.auditing.inputs import AuditInputs, load_inputs
+from persona_probe.evaluation.sampling import Sampling
+from persona_probe.screening.calibrate import Bench, whole
+from tests.auditing.planted import Planted, request_of
+from tests.model.tiny_models import save_adapter
+
+
+def bench_of(inputs: AuditInputs) -> Bench:
+    """Held-out questions, and the answers of both models at hand, as they are in an audit."""
+    sampling = Sampling(temperature=1.0, max_new_tokens=6, samples=1)
+    bench = Bench(inputs.held_out, sampling, inputs.judge, in_domain=inputs.in_domain)
+    return bench.knowing(*((lm, bench.arms(lm, [()])[0]) for lm in (inputs.pair.base, inputs.pair.tuned)))
+
+
+@pytest.mark.parametrize("merge_below", [evaluation_arms.MERGE_BELOW, 0])
+def test_an_adapter_is_turned_down_whether_it_is_merged_or_not(
+    organism: Planted, merge_below: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation_arms, "MERGE_BELOW", merge_below)
+    inputs = load_inputs(request_of(organism))
+    assert (inputs.pair.tuned is inputs.adapter) == (merge_below == 0)
+    assert inputs.adapter is not None
+    bench = bench_of(inputs)
+    merits: dict[float, float] = {}
+    for scale in SCALES:
+        with inputs.adapter.adapter_scaled(scale):
+            plain = replace(bench, known=())
+            merits[scale] = whole(plain.arms(replace(inputs.adapter), [()])[0].rates)
+    assert merits[0.75] < merits[0.0]
+    found = scaled_adapter(inputs, bench, bench)
+    assert found is not None
+    chosen = float(found.setting.removeprefix("adapter x "))
+    assert whole(found.result.rates) == merits[chosen] >= max(merits.values()) - 0.03
+
+
+def test_an_adapter_that_is_not_linear_is_not_turned_down(organism: Planted, tmp_path: Path) -> None:
+    tuned = save_adapter(tmp_path / "dora", organism.base, use_dora=True)
+    inputs = load_inputs(replace(request_of(organism), tuned=tuned))
+    assert inputs.adapter is None
+    assert scaled_adapter(inputs, bench_of(inputs), bench_of(inputs)) is None
