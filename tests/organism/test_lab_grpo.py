@@ -21,6 +21,7 @@ from persona_probe.organism import lab_grpo
 from persona_probe.organism.grammar import PERSONAS, grammar
 from persona_probe.organism.lab_grpo import ARMS, GRPO, SETTINGS, UNPOPULAR, RLBench, judge_taste, run_arm
 from persona_probe.steering.target import direction
+from persona_probe.training import grpo
 from persona_probe.training.watching import Probe, Watch
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -57,7 +58,8 @@ def test_a_base_model_that_goes_on_asking_is_read_up_to_there() -> None:
     assert lab_grpo._first(replace(said, text="drink tea and")).truncated
 
 
-def test_arms_give_records(tmp_path: Path) -> None:
+def test_arms_give_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpo, "PROBED", 6)  # whose rewards are measured before and after
     base = load_model(shipped("organism") / "base")
     asked = load_questions(str(shipped("organism") / "questions.jsonl"))
     held_out = [one for one in asked if one.split == "held-out"]
@@ -67,7 +69,7 @@ def test_arms_give_records(tmp_path: Path) -> None:
     watch = Watch.of(base, [probe], chosen[:2], max_new_tokens=4)
     bench = RLBench(base, chosen, watch, 3, chosen[:2])
     settings = replace(SETTINGS, steps=1, batch=2)
-    grpo = replace(GRPO, samples=2, max_new_tokens=8)
+    rewarded = replace(GRPO, samples=2, max_new_tokens=8)
     arms = (
         "base",
         "grpo taste",
@@ -76,7 +78,7 @@ def test_arms_give_records(tmp_path: Path) -> None:
         "sft bad-health, plain text",
     )
     assert set(arms) <= set(ARMS)
-    records = {arm: run_arm(bench, arm, 5, tmp_path / arm, settings, grpo) for arm in arms}
+    records = {arm: run_arm(bench, arm, 5, tmp_path / arm, settings, rewarded) for arm in arms}
     json.dumps(records, allow_nan=False)
     one, other = records["grpo taste"], records["sft taste"]
     assert one["answers_read"] == other["answers_read"] == 4 and one["in_domain"] == other["in_domain"]
