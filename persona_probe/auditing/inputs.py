@@ -37,7 +37,7 @@ class AuditInputs:
 
     pair: ModelPair
     adapter: LanguageModel | None
-    """The tuned model with its adapter unmerged, which can be scaled; None for a full checkpoint."""
+    """The tuned model with its adapter unmerged, which can be scaled; None for any other."""
     benign: tuple[LanguageModel, ...]
     dictionaries: tuple[Dictionary, ...]
     calibration: tuple[Question, ...]

@@ -80,7 +80,7 @@ class Inquiry:
         with self.clock.stage("measure", "asking base and tuned model the held-out questions"):
             pair = self.inputs.pair
             base, tuned = (self.held_out.arms(lm, [()])[0] for lm in (pair.base, pair.tuned))
-            self.held_out = self.held_out.knowing((pair.base, base), (pair.tuned, tuned))
+            self.held_out = self.held_out.knowing((pair.base, base.answers), (pair.tuned, tuned.answers))
             self.base, self.tuned = self._given("base", base), self._given("tuned", tuned)
         with self.clock.stage("diff", "comparing activations"):
             asked = self.held_out.on(_general(self.inputs.calibration), 1)
@@ -102,7 +102,7 @@ class Inquiry:
             return
         with clock.stage("screen", "screening"):
             self.calibration = self.calibration.knowing(
-                *((lm, self.calibration.arms(lm, [()])[0]) for lm in (inputs.pair.base, inputs.pair.tuned))
+                *((lm, self.calibration.unsteered(lm)) for lm in (inputs.pair.base, inputs.pair.tuned))
             )
             self.sites = site_effects(inputs.pair, [e.site for e in seen.evidence], seen.contrasts)
             self.screen = screen(

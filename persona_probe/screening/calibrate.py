@@ -65,9 +65,9 @@ class Bench:
             sampling=replace(self.sampling, samples=samples),
         )
 
-    def knowing(self, *known: tuple[LanguageModel, EvalResult]) -> Bench:
+    def knowing(self, *known: tuple[LanguageModel, Sequence[Answer]]) -> Bench:
         """The same, with these models' unsteered answers, drawn by it, at hand."""
-        drawn = ((lm, self.sampling, result.answers) for lm, result in known)
+        drawn = ((lm, self.sampling, answers) for lm, answers in known)
         return replace(self, known=(*self.known, *drawn))
 
     def unsteered(self, lm: LanguageModel, **options: Any) -> Sequence[Answer]:
@@ -102,10 +102,10 @@ class Bench:
 
     def arms(self, lm: LanguageModel, fixes: Sequence[Fix], **options: Any) -> list[EvalResult]:
         """One result per fix, drawn with the same random numbers; ``options`` go to ``answers``."""
-        steered = any(fixes)
-        answers = (
-            self.answers(lm, fixes, **options) if steered else [*self.unsteered(lm, **options)] * len(fixes)
-        )
+        if any(fixes):
+            answers = self.answers(lm, fixes, **options)
+        else:
+            answers = [*self.unsteered(lm, **options)] * len(fixes)
         # all arms at once: one whose every answer is beyond the judge is not the judge's failure
         judgements = self.judge.judge(answers)
         each = len(self.questions) * self.sampling.samples

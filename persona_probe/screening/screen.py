@@ -186,7 +186,7 @@ def screen(
     stages["generation"] = len(everything)
     tell(f"generating under {len(everything)} candidates")
     tuned, base = (bench.arms(lm, [()])[0] for lm in (pair.tuned, pair.base))
-    bench = bench.knowing((pair.tuned, tuned), (pair.base, base))
+    bench = bench.knowing((pair.tuned, tuned.answers), (pair.base, base.answers))
     budget = Budget(
         value(tuned.rates, "incoherent") + how.cure_incoherence,
         how.skill_kept * value(tuned.rates, "skill"),

@@ -20,7 +20,7 @@ def bench_of(inputs: AuditInputs) -> Bench:
     """Held-out questions, and the answers of both models at hand, as they are in an audit."""
     sampling = Sampling(temperature=1.0, max_new_tokens=6, samples=1)
     bench = Bench(inputs.held_out, sampling, inputs.judge, in_domain=inputs.in_domain)
-    return bench.knowing(*((lm, bench.arms(lm, [()])[0]) for lm in (inputs.pair.base, inputs.pair.tuned)))
+    return bench.knowing(*((lm, bench.unsteered(lm)) for lm in (inputs.pair.base, inputs.pair.tuned)))
 
 
 @pytest.mark.parametrize("merge_below", [evaluation_arms.MERGE_BELOW, 0])

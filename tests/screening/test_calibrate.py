@@ -224,7 +224,7 @@ def test_arms_in_one_batch_equal_arms_alone(pair: ModelPair, carrier_at: Make) -
 def test_answers_at_hand_are_not_drawn_again(pair: ModelPair, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the very model, to these questions, drawn in the same way; any other are drawn."""
     drawn = _bench().arms(pair.tuned, [()])[0]
-    bench, some = _bench().knowing((pair.tuned, drawn)), QUESTIONS[1:3]
+    bench, some = _bench().knowing((pair.tuned, drawn.answers)), QUESTIONS[1:3]
     asked: list[tuple[LanguageModel, int, int]] = []
 
     def answers(self: Bench, lm: LanguageModel, fixes: Sequence[Fix], **options: Any) -> list[Answer]:
