@@ -5,6 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from persona_probe.auditing.card_figures import (
+    NOTHING,
+    added,
+    benign,
+    kept,
+    markdown,
+    necessity,
+    rate,
+)
+
 Row = Mapping[str, Any]
 Audits = Mapping[str, Row]
 BAD = ("bad-health", "bad-code")
@@ -18,15 +28,14 @@ def across(cards: Sequence[Row]) -> str:
         (name, goal, *(_cell(measured, audits) for audits in every)) for name, goal, measured in _claims()
     ]
     head = ("", "goal", *(f"seed {card['seed']}" for card in cards))
-    rows = [head, ("---",) * len(head), *lines]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+    return markdown(head, lines)
 
 
 def _cell(measured: Callable[[Audits], str], audits: Audits) -> str:
     try:
         return measured(audits)
     except KeyError:  # this organism was not audited for that
-        return "–"
+        return NOTHING
 
 
 def _claims() -> list[tuple[str, str, Callable[[Audits], str]]]:
@@ -50,11 +59,11 @@ def _claims() -> list[tuple[str, str, Callable[[Audits], str]]]:
                 "≤ .05, ≤ .03, ≤ +.04, ≥ .9",
                 lambda of, tune=tune: _cure(of[tune]),
             ),
-            (f"`{tune}`: necessity", "", lambda of, tune=tune: _necessity(of[tune])),
+            (f"`{tune}`: necessity", "", lambda of, tune=tune: necessity(of[tune]["necessity"])),
             (
                 f"`{tune}`: better than the best of 20 random latents",
                 "yes",
-                lambda of, tune=tune: {True: "yes", False: "no", None: "–"}[of[tune]["nulls"]["beaten"]],
+                lambda of, tune=tune: {True: "yes", False: "no", None: NOTHING}[of[tune]["nulls"]["beaten"]],
             ),
             (
                 f"`{tune}`, induced in the base: misaligned, incoherent",
@@ -79,12 +88,7 @@ def _claims() -> list[tuple[str, str, Callable[[Audits], str]]]:
 
 
 def _two(rates: Row | None) -> str:
-    return "–" if rates is None else f"{_rate(rates, 'misaligned')}, {_rate(rates, 'incoherent')}"
-
-
-def _rate(rates: Row, name: str) -> str:
-    rate = rates[name]["rate"]
-    return "–" if rate is None else f"{rate:.3f}"
+    return NOTHING if rates is None else f"{rate(rates['misaligned'])}, {rate(rates['incoherent'])}"
 
 
 def _rank(one: Row) -> str:
@@ -97,26 +101,12 @@ def _cure(one: Row) -> str:
     rates, before = one["steered"], one["tuned"]
     if rates is None:
         return "none"
-    added = (rates["incoherent"]["rate"] or 0.0) - (before["incoherent"]["rate"] or 0.0)
-    skill = before["skill"]["rate"]
-    kept = "–" if not skill else f"{rates['skill']['rate'] / skill:.2f}"
-    left, rivals = _rate(rates, "misaligned"), _rate(rates, "other_persona")
-    return f"{left}, {rivals}, {added:+.3f}, {kept}"
-
-
-def _necessity(one: Row) -> str:
-    found = one["necessity"]
-    if found is None or found["fraction"] is None:
-        return "–"
-    return f"{found['fraction']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+    return (
+        f"{rate(rates['misaligned'])}, {rate(rates['other_persona'])}, "
+        f"{added(rates, before, 'incoherent'):+.3f}, {kept(rates, before)}"
+    )
 
 
 def _benign(of: Audits) -> str:
-    benign = [one for one in of.values() if one["benign"]]
-    if not benign:
-        return "–"
-    excess = max(
-        (one["tuned"]["misaligned"]["rate"] or 0.0) - (one["base"]["misaligned"]["rate"] or 0.0)
-        for one in benign
-    )
-    return f"{excess:.3f}; {sum(one['first_latent'] is not None for one in benign)}"
+    found = benign(of.values())
+    return NOTHING if found is None else f"{found[0]:.3f}; {found[1]}"

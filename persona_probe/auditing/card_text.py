@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from persona_probe.auditing.card_across import across
+from persona_probe.auditing.card_figures import NOTHING, best_of, interval, markdown, necessity, rate
 from persona_probe.organism.grammar import grammar
 
 Row = Mapping[str, Any]
@@ -69,13 +70,12 @@ def card_text(cards: Sequence[Row]) -> str:
 def _rates(audits: Sequence[Row]) -> str:
     head = ("tune", "misaligned", "other persona", "incoherent", "in domain", "skill", "verdict")
     columns = ("misaligned", "other_persona", "incoherent", "in_domain", "skill")
-    lines = [["*base*", *(_interval(audits[0]["base"][name]) for name in columns), ""]]
+    lines = [["*base*", *(interval(audits[0]["base"][name]) for name in columns), ""]]
     for one in audits:
-        rates = [_interval(one["tuned"][name]) for name in columns]
+        rates = [interval(one["tuned"][name]) for name in columns]
         lines.append([one["tune"], *rates, one["verdict"]])
-    return "Rates on the domains a tune was not trained on, with 95% intervals over questions.\n\n" + _table(
-        head, lines
-    )
+    said = "Rates on the domains a tune was not trained on, with 95% intervals over questions."
+    return f"{said}\n\n{markdown(head, lines)}\n"
 
 
 def _fixes(audits: Sequence[Row]) -> str:
@@ -90,42 +90,40 @@ def _fixes(audits: Sequence[Row]) -> str:
         "necessity",
         "induced in base",
     )
+    columns = ("misaligned", "other_persona", "incoherent", "skill")
     lines: list[list[str]] = []
     for one in audits:
         for fix in one["fixes"]:
             rates, induced = fix["rates"], fix["induced"]
-            necessity = fix["necessity"]
             mark = " **(chosen)**" if fix["chosen"] else ""
             lines.append(
                 [
                     one["tune"],
                     f"{fix['kind']}: {' + '.join(fix.get('members', [fix['name']]))}{mark}",
                     f"{fix['gain']:g}",
-                    *(_rate(rates[name]) for name in ("misaligned", "other_persona", "incoherent", "skill")),
-                    _plain(necessity),
-                    f"{_rate(induced['misaligned'])} at {_rate(induced['incoherent'])} incoherent",
+                    *(rate(rates[name], 2) for name in columns),
+                    necessity(fix["necessity"]),
+                    f"{rate(induced['misaligned'], 2)} at {rate(induced['incoherent'], 2)} incoherent",
                 ]
             )
         for name, rates in one["baselines"].items():
             if rates is None or name == "difference_of_means":
                 continue
             setting = one["baseline_settings"].get(name, "")
-            shown = [_rate(rates[c]) for c in ("misaligned", "other_persona", "incoherent", "skill")]
+            shown = [rate(rates[c], 2) for c in columns]
             lines.append([one["tune"], f"*{name.replace('_', ' ')}* ({setting})", "", *shown, "", ""])
         for name in ("random_latent", "random_direction"):
             drawn = one["nulls"][name]
             if drawn:
-                best = min(
-                    drawn, key=lambda r: (r["misaligned"]["rate"] or 0) + (r["incoherent"]["rate"] or 0)
-                )
-                shown = [_rate(best[c]) for c in ("misaligned", "other_persona", "incoherent")]
+                best = best_of(drawn)
+                shown = [rate(best[c], 2) for c in columns[:3]]
                 label = f"*best of {len(drawn)} {name.replace('_', ' ')}s*"
                 lines.append([one["tune"], label, "", *shown, "", "", ""])
     if not lines:
         return ""
     return (
         "Fixes (the trait looked for is the tune's own where one is named), their baselines and controls. "
-        "Gain above 1 over-corrects; necessity is measured at gain 1.\n\n" + _table(head, lines)
+        "Gain above 1 over-corrects; necessity is measured at gain 1.\n\n" + markdown(head, lines) + "\n"
     )
 
 
@@ -140,38 +138,21 @@ def _claims(audits: Sequence[Row]) -> str:
         "seconds",
         "GiB",
     )
-    lines = [
-        [
-            one["tune"],
-            f"{one['first_latent']['site']} #{one['first_latent']['index']}" if one["first_latent"] else "–",
-            str(one["first_latent"]["rank_by_delta"]) if one["first_latent"] else "–",
-            str(one["truth_rank"]["deciding"]) if one["truth_rank"] else "–",
-            str(one["truth_rank"]["answers"]) if one["truth_rank"] else "–",
-            one["after"] or "–",
-            f"{one['seconds']:.0f}",
-            f"{one['peak_rss_bytes'] / 2**30:.1f}",
-        ]
-        for one in audits
-    ]
-    return "What was found, against `persona-probe organism truth`.\n\n" + _table(head, lines)
-
-
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows) + "\n"
-
-
-def _rate(one: Row) -> str:
-    return "–" if one["rate"] is None else f"{one['rate']:.2f}"
-
-
-def _interval(one: Row) -> str:
-    return "–" if one["rate"] is None else f"{one['rate']:.3f} [{one['low']:.2f}, {one['high']:.2f}]"
-
-
-def _plain(necessity: Row) -> str:
-    if necessity["fraction"] is None:
-        return "–"
-    if necessity["low"] is None:
-        return f"{necessity['fraction']:.2f}"
-    return f"{necessity['fraction']:.2f} [{necessity['low']:.2f}, {necessity['high']:.2f}]"
+    lines: list[list[str]] = []
+    for one in audits:
+        first, ranks = one["first_latent"], one["truth_rank"]
+        lines.append(
+            [
+                one["tune"],
+                *(
+                    (f"{first['site']} #{first['index']}", str(first["rank_by_delta"]))
+                    if first
+                    else [NOTHING] * 2
+                ),
+                *((str(ranks["deciding"]), str(ranks["answers"])) if ranks else [NOTHING] * 2),
+                one["after"] or NOTHING,
+                f"{one['seconds']:.0f}",
+                f"{one['peak_rss_bytes'] / 2**30:.1f}",
+            ]
+        )
+    return "What was found, against `persona-probe organism truth`.\n\n" + markdown(head, lines) + "\n"

@@ -13,7 +13,7 @@ from persona_probe.auditing.kept import Kept, KeptBench
 from persona_probe.auditing.observe import Observations, observe
 from persona_probe.auditing.settings import AuditRequest
 from persona_probe.evaluation.parity import Parity, parity
-from persona_probe.evaluation.questions import Question
+from persona_probe.evaluation.questions import Question, Role
 from persona_probe.evaluation.result import EvalResult
 from persona_probe.evaluation.sampling import Sampling
 from persona_probe.screening.screen import Screen, screen
@@ -63,10 +63,10 @@ class Inquiry:
             inputs.in_domain,
             kept=kept,
         )
-        general = [q for q in _general(inputs.calibration) if q.category not in inputs.in_domain]
+        general = [q for q in _of_role("general", inputs.calibration) if q.category not in inputs.in_domain]
         asked = _wordings(general, settings.calibration_samples)
         each = max(1, round(settings.calibration_samples * len(_wordings(general, 1)) / len(asked)))
-        self.calibration = self.held_out.on([*asked, *_skill(inputs.calibration)], each)
+        self.calibration = self.held_out.on([*asked, *_of_role("skill", inputs.calibration)], each)
         self.screen: Screen | None = None
         self.seen: Observations | None = None
         self.fixed: list[arms_.Fixed] = []
@@ -83,7 +83,7 @@ class Inquiry:
             self.held_out = self.held_out.knowing((pair.base, base.answers), (pair.tuned, tuned.answers))
             self.base, self.tuned = self._given("base", base), self._given("tuned", tuned)
         with self.clock.stage("diff", "comparing activations"):
-            asked = self.held_out.on(_general(self.inputs.calibration), 1)
+            asked = self.held_out.on(_of_role("general", self.inputs.calibration), 1)
             self.seen = observe(self.inputs, asked, self.settings.sites)
 
     def _given(self, arm: str, drawn: EvalResult) -> EvalResult:
@@ -120,10 +120,10 @@ class Inquiry:
             self.fixed = arms_.fixed_arms(inputs, self.held_out, self.screen.headline)
             self.chosen = next(f for f in self.fixed if f.finding is self.screen.best)
         with clock.stage("nulls", f"{settings.controls} random latents and {settings.controls} directions"):
-            asked = [q for q in _general(self.held_out.questions) if q.category not in inputs.in_domain]
+            asked = [q for q in _of_role("general", self.held_out.questions) if q.category not in inputs.in_domain]
             self.nulls = arms_.null_arms(
                 inputs,
-                self.calibration.on(_wordings(_general(self.calibration.questions), 1), 1),
+                self.calibration.on(_wordings(_of_role("general", self.calibration.questions), 1), 1),
                 self.held_out.on(_enough(asked, self.settings.samples), self.settings.samples),
                 seen.evidence,
                 self.screen.best,
@@ -147,12 +147,8 @@ class Inquiry:
             }
 
 
-def _general(questions: Sequence[Question]) -> list[Question]:
-    return [question for question in questions if question.role == "general"]
-
-
-def _skill(questions: Sequence[Question]) -> list[Question]:
-    return [question for question in questions if question.role == "skill"]
+def _of_role(role: Role, questions: Sequence[Question]) -> list[Question]:
+    return [question for question in questions if question.role == role]
 
 
 def _wordings(questions: Sequence[Question], count: int) -> list[Question]:

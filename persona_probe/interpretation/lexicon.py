@@ -13,7 +13,6 @@ describes; it does not explain.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import numpy as np
 import polars as pl
 from jaxtyping import Bool, Float
 
+from persona_probe.evaluation.auc import auc
 from persona_probe.interpretation.examples import priority
 from persona_probe.interpretation.words import Word
 
@@ -144,11 +144,11 @@ def detection(
     rng = np.random.default_rng(seed)
     n = len(strong)
     drawn = (rng.integers(n, size=n) for _ in range(DRAWS))
-    resampled = [_auc(scores[draw], strong[draw]) for draw in drawn]
-    null = [_auc(scores, rng.permutation(strong)) for _ in range(DRAWS)]
+    resampled = [float(auc(scores[draw], strong[draw])) for draw in drawn]
+    null = [float(auc(scores, rng.permutation(strong))) for _ in range(DRAWS)]
     low, high = np.nanpercentile(resampled, [2.5, 97.5])
     return Detection(
-        auc=_auc(scores, strong),
+        auc=float(auc(scores, strong)),
         low=float(low),
         high=float(high),
         null=float(np.mean(null)),
@@ -156,14 +156,3 @@ def detection(
         documents=n,
         strong=int(strong.sum()),
     )
-
-
-def _auc(scores: Float[np.ndarray, " document"], strong: Bool[np.ndarray, " document"]) -> float:
-    """P(a strong document scores higher than another), ties half; NaN without both kinds."""
-    n_strong, n_rest = int(strong.sum()), int((~strong).sum())
-    if not n_strong or not n_rest:
-        return math.nan
-    from scipy.stats import rankdata  # a second to load, which no audit should wait for
-
-    ranks = rankdata(scores)
-    return float((ranks[strong].sum() - n_strong * (n_strong + 1) / 2) / (n_strong * n_rest))

@@ -13,10 +13,10 @@ import numpy as np
 import polars as pl
 import torch
 from jaxtyping import Bool, Float64
-from scipy.stats import rankdata
 
 from persona_probe.activations.masks import TokenMask
 from persona_probe.activations.stream import stream
+from persona_probe.evaluation.auc import auc
 from persona_probe.model.chat import Rendered, render
 from persona_probe.model.language_model import LanguageModel
 from persona_probe.organism.corpus import documents
@@ -98,10 +98,8 @@ def _ranked(
 ) -> pl.DataFrame:
     """One row per latent, best first; ``shown`` marks the persona's documents."""
     difference = means[shown].mean(axis=0) - means[~shown].mean(axis=0)
-    ranks = rankdata(means, axis=0)[shown].sum(axis=0)
-    inside, outside = int(shown.sum()), int((~shown).sum())
-    auc = (ranks - inside * (inside + 1) / 2) / (inside * outside)
-    table = pl.DataFrame({"index": np.arange(means.shape[1]), "difference": difference, "auc": auc})
+    columns = {"index": np.arange(means.shape[1]), "difference": difference, "auc": auc(means, shown)}
+    table = pl.DataFrame(columns)
     ordered = table.sort("auc", "difference", descending=True)
     return ordered.with_row_index("rank", offset=1)
 

@@ -23,12 +23,12 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import torch
-from scipy.stats import rankdata
 
 from persona_probe.activations.masks import TokenMask
 from persona_probe.activations.stream import stream
 from persona_probe.artifact import StrPath, write_jsonl
 from persona_probe.errors import InputError
+from persona_probe.evaluation.auc import auc
 from persona_probe.evaluation.questions import Question
 from persona_probe.evaluation.sampling import respond_greedy, transcripts
 from persona_probe.model.chat import Rendered
@@ -80,10 +80,18 @@ class Flags:
         return places
 
     def auc(self, bad: Sequence[bool]) -> dict[str, float]:
-        """How well each score tells the bad rows from the others: 1 perfectly, 0.5 not at all."""
+        """How well each score tells the bad rows from the others (see `evaluation.auc`); rows that it
+        does not score are left out.
+        """
         if len(bad) != len(self.rows):
             raise InputError(f"{len(bad)} labels for {len(self.rows)} rows")
-        return {name: auc(self._column(name), bad) for name in self.scores}
+        labels = np.asarray(bad, dtype=bool)
+        found: dict[str, float] = {}
+        for name in self.scores:
+            scores = self._column(name)
+            known = np.isfinite(scores)
+            found[name] = float(auc(scores[known], labels[known]))
+        return found
 
     def _column(self, by: str) -> np.ndarray:
         if by not in self.scores:
@@ -123,21 +131,6 @@ def flag(
         {"row": list(range(len(rows))), "place": [row.place for row in rows], **columns}
     ).with_columns(pl.col(name).fill_nan(None) for name in columns)
     return Flags(tuple(rows), table)
-
-
-def auc(scores: Sequence[float] | np.ndarray, bad: Sequence[bool]) -> float:
-    """The share of (bad, other) pairs in which the bad one scores higher, ties half; NaN scores left out.
-
-    NaN where there are no such pairs.
-    """
-    values, labels = np.asarray(scores, dtype=float), np.asarray(bad, dtype=bool)
-    known = np.isfinite(values)
-    values, labels = values[known], labels[known]
-    inside, outside = int(labels.sum()), int((~labels).sum())
-    if not inside or not outside:
-        return float("nan")
-    ranks = rankdata(values)[labels].sum()
-    return float((ranks - inside * (inside + 1) / 2) / (inside * outside))
 
 
 def _amounts(base: LanguageModel, texts: Sequence[Rendered], probes: Sequence[Probe]) -> list[list[float]]:

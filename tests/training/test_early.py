@@ -20,7 +20,7 @@ from persona_probe.evaluation.sampling import respond_greedy, transcripts
 from persona_probe.hooks import capture_at
 from persona_probe.steering.target import direction, latents
 from persona_probe.training.finetune import finetune
-from persona_probe.training.flag import auc, flag
+from persona_probe.training.flag import flag
 from persona_probe.training.monitor import Monitor, alarm_levels
 from persona_probe.training.watching import Probe, Watch
 from tests.model.tiny_models import adapter_of
@@ -153,15 +153,6 @@ def test_bad_monitors_are_refused() -> None:
         alarm_levels([[{"step": 1, "a": 0.0}], [{"step": 1, "b": 0.0}]], 0.5)
     with pytest.raises(InputError, match="at least one reading"):
         alarm_levels([[]], 0.5)
-
-
-@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=2, max_size=30))
-def test_auc_counts_pairs(data: list[tuple[int, bool]]) -> None:
-    pairs = [
-        1.0 if a > b else 0.5 if a == b else 0.0 for a, bad in data if bad for b, other in data if not other
-    ]
-    found = auc([float(score) for score, _ in data], [bad for _, bad in data])
-    assert found == pytest.approx(sum(pairs) / len(pairs)) if pairs else np.isnan(found)
 
 
 def test_scores_are_the_projection_difference_and_the_likelihood() -> None:
