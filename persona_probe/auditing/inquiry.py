@@ -63,7 +63,7 @@ class Inquiry:
             inputs.in_domain,
             kept=kept,
         )
-        general = [q for q in _of_role("general", inputs.calibration) if q.category not in inputs.in_domain]
+        general = self._elsewhere(inputs.calibration)
         asked = _wordings(general, settings.calibration_samples)
         each = max(1, round(settings.calibration_samples * len(_wordings(general, 1)) / len(asked)))
         self.calibration = self.held_out.on([*asked, *_of_role("skill", inputs.calibration)], each)
@@ -75,6 +75,10 @@ class Inquiry:
         self.baselines: dict[str, arms_.Baseline | None] = {}
         self.sites: dict[str, float] = {}
         self.parity: dict[str, Parity] = {}
+
+    def _elsewhere(self, questions: Sequence[Question]) -> list[Question]:
+        """The general questions outside the domain that was tuned on."""
+        return [q for q in _of_role("general", questions) if q.category not in self.inputs.in_domain]
 
     def measure(self) -> None:
         with self.clock.stage("measure", "asking base and tuned model the held-out questions"):
@@ -120,7 +124,7 @@ class Inquiry:
             self.fixed = arms_.fixed_arms(inputs, self.held_out, self.screen.headline)
             self.chosen = next(f for f in self.fixed if f.finding is self.screen.best)
         with clock.stage("nulls", f"{settings.controls} random latents and {settings.controls} directions"):
-            asked = [q for q in _of_role("general", self.held_out.questions) if q.category not in inputs.in_domain]
+            asked = self._elsewhere(self.held_out.questions)
             self.nulls = arms_.null_arms(
                 inputs,
                 self.calibration.on(_wordings(_of_role("general", self.calibration.questions), 1), 1),
