@@ -7,7 +7,6 @@ the manifest.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -54,11 +53,10 @@ def write_store(
     held = 0 if overwrite else sum(file.stat().st_size for file in out.glob(f"{SHARDS}/*.safetensors"))
     check_disk(out, plan.bytes - held)
     settings = plan.settings()
-    with closing(RunFolder.open(out, settings, overwrite, together=together)) as run:
+    with RunFolder.open(out, settings, overwrite, together=together) as run:
         if run.complete:
             return ActivationStore.open(out)
         folder = run.path / SHARDS
-        folder.mkdir(exist_ok=True)
         remove_partials(folder)
         files = [folder / f"{number:05d}.safetensors" for number in range(len(plan.bounds))]
         for number, (file, bounds) in enumerate(zip(files, plan.bounds, strict=True)):

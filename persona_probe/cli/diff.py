@@ -12,7 +12,15 @@ from rich.table import Table
 
 from persona_probe.cli.capture import TooLong
 from persona_probe.cli.console import err, out, show_error, show_json, show_share_done, size
-from persona_probe.cli.reading import alone, engine_of, open_out, progress_bar, read_texts
+from persona_probe.cli.reading import (
+    PASSES,
+    engine_of,
+    finishing,
+    open_out,
+    progress_bar,
+    read_texts,
+    unless_in_vain,
+)
 from persona_probe.errors import InputError
 
 
@@ -138,12 +146,12 @@ def diff(
     job.settings.update(sae=[one.digest for one in dictionaries], sae_device=sae_device)
     folder = open_out(out_dir or Path("out") / f"diff-{job.name}", job.settings, overwrite)
     try:
-        with progress_bar(as_json) as told:
+        with unless_in_vain(folder, share), progress_bar(as_json) as told:
             found = job.run(folder, told)
     except UnfinishedError as unfinished:
         show_share_done(share, unfinished, as_json)
         return
-    with alone(folder):
+    with finishing(folder):
         for site, one in found.items():
             one.save(folder / site, overwrite=True)
     if as_json:
@@ -226,7 +234,7 @@ def _of_pair(
     }
 
     def run(folder: Path, told: Any) -> Any:
-        beside = settle(folder / "passes.json", together, fixed=one_by_one is not None)
+        beside = settle(folder / PASSES, together, fixed=one_by_one is not None)
         if not beside and one_by_one is None:
             why = (
                 "as this run began"

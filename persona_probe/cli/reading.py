@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import Any, cast
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from persona_probe.artifact import plain, read_json, write_json
+from persona_probe.artifact import plain, read_json, write_json, write_manifest
+from persona_probe.artifact.provenance import MANIFEST
 from persona_probe.cli.console import err
 from persona_probe.errors import InputError, MismatchError
 
-SETTINGS = "settings.json"
+SETTINGS, PASSES = "settings.json", "passes.json"
 ENGINES = ("local", "ray")
 
 
@@ -124,16 +126,40 @@ def open_out(folder: Path, settings: dict[str, object], overwrite: bool) -> Path
 
 
 @contextmanager
-def alone(folder: Path) -> Generator[None, None, None]:
-    """Hold `folder` while results are saved: two processes may finish at the same moment."""
-    with (folder / ".saving").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+def unless_in_vain(folder: Path, share: Any) -> Generator[None, None, None]:
+    """Take back the settings of a run that ends in an `InputError` with no result, so that the call put
+    right is not refused; what was read stays in `shards`, where it is found by its digest. The settings
+    of a run that processes share are not this one's to take back.
+    """
+    try:
+        yield
+    except InputError:
+        if share.of == 1 and not (folder / MANIFEST).exists():
+            for name in (SETTINGS, PASSES):
+                (folder / name).unlink(missing_ok=True)
+            with suppress(OSError):  # something was read
+                folder.rmdir()
+        raise
+
+
+@contextmanager
+def finishing(folder: Path) -> Generator[None, None, None]:
+    """Hold `folder` while results are saved (two processes may finish at the same moment), and write its
+    manifest last: then it is complete.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        (folder / MANIFEST).unlink(missing_ok=True)
         yield
 
 
 def engine_of(name: str, address: str | None, actors: int | None) -> Any:
     """`run_local`, or `run_ray` with its options."""
     from persona_probe.execution import run_local
+        write_manifest(folder, {"settings": read_json(folder / SETTINGS)["settings"]})
+    finally:
+        os.close(handle)
 
     if name not in ENGINES:
         raise InputError(f"--engine knows {' and '.join(ENGINES)}, not {name!r}")

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from persona_probe.cli.capture import TooLong
 from persona_probe.cli.console import err, out, show_error, show_json, show_share_done
-from persona_probe.cli.reading import alone, engine_of, open_out, progress_bar, read_texts
+from persona_probe.cli.reading import engine_of, finishing, open_out, progress_bar, read_texts, unless_in_vain
 from persona_probe.errors import InputError
 
 SHOWN_POINTS = 8
@@ -120,7 +120,7 @@ def timeline(
     }  # fmt: skip
     folder = open_out(out_dir or Path("out") / f"timeline-{name}", settings, overwrite)
     try:
-        with progress_bar(as_json) as told:
+        with unless_in_vain(folder, share), progress_bar(as_json) as told:
             found = follow(
                 base, sources, dictionaries, texts.rendered, texts.clusters, directions=directions,
                 benign=harmless, mask=texts.mask, batch_tokens=batch_tokens, device=device or "auto",
@@ -129,7 +129,7 @@ def timeline(
     except UnfinishedError as unfinished:
         show_share_done(share, unfinished, as_json)
         return
-    with alone(folder):
+    with finishing(folder):
         found.save(folder / "timeline", overwrite=True)
     if as_json:
         tables = {"top": found.top(top), "first": found.first().head(top) if harmless else None}

@@ -82,7 +82,9 @@ class Moments:
         Raises `InputError` before anything was added.
         """
         if not self.conversations:
-            raise InputError("no conversation with a counted token was read")
+            raise InputError(
+                "no conversation with a counted token was read", fix="choose another mask, or other data"
+            )
         w = torch.tensor(contrast, dtype=torch.float64)
         used = [i for i, share in enumerate(contrast) if share]  # the others' rounding stays out
         n, k = self.conversations, self.clusters

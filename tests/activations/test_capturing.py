@@ -124,6 +124,9 @@ def test_a_nan_names_model_site_and_line(tmp_path: Path) -> None:
     with edit_at(lm.hf, {SITES[0]: poison}), pytest.raises(NonFiniteError) as caught:
         capture(lm, read_documents(path), SITES[:1], shard_tokens=1, sink_factor=None)
     assert f"llama has a NaN or an infinity at {SITES[0]}, {path}, line 3, token 6" in str(caught.value)
+    with edit_at(lm.hf, {SITES[0]: poison}), pytest.raises(NonFiniteError):
+        capture(lm, read_documents(path), SITES[:1], out=tmp_path / "store", sink_factor=None)
+    assert not (tmp_path / "store").exists(), "it would refuse the call put right"
 
 
 def test_bad_calls_fail_before_anything_is_read(tmp_path: Path) -> None:

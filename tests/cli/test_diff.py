@@ -18,6 +18,7 @@ from persona_probe.artifact import write_jsonl
 from persona_probe.cli.app import app
 from persona_probe.diffing.latent_diff import LatentDiff
 from persona_probe.model.loading import read_weights
+from persona_probe.report.verification import verify
 from tests.diffing.conftest import SITE
 from tests.model.tiny_models import adapter_of, checkpoint_of, save_checkpoint
 from tests.sae.sae_lens_peers import peer
@@ -67,6 +68,8 @@ def test_diff_of_questions(inputs: dict[str, str], tmp_path: Path) -> None:
     assert (out / SITE / "volcano.html").is_file()
     again = json.loads(run(*call, "--json").stdout)
     assert again[SITE]["tokens"] == found.tokens
+    kept = verify(out)
+    assert kept.holds and not kept.added and not (out / ".saving").exists()
     other = run(*call[:-2], "--mask", "all", "--out", str(out))
     assert other.exit_code == 2 and "mask was 'answer', this call has 'all'" in other.stderr
     planned = json.loads(run(*call, "--plan", "--json").stdout)
@@ -152,6 +155,9 @@ def test_timeline_of_a_run(inputs: dict[str, str], tmp_path: Path) -> None:
     assert "step 10" in result.stdout and "2 checkpoints" in result.stdout
     assert (tmp_path / "out/timeline/timeline.html").is_file()
     assert len(pl.read_parquet(tmp_path / "out/timeline/timeline.parquet")) == 40
+    assert verify(tmp_path / "out").holds
+    (tmp_path / "out/timeline/timeline.json").unlink()
+    assert not verify(tmp_path / "out").holds
 
 
 def test_tunes_and_what_they_share(inputs: dict[str, str], tmp_path: Path) -> None:
@@ -161,6 +167,21 @@ def test_tunes_and_what_they_share(inputs: dict[str, str], tmp_path: Path) -> No
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert {row["shared_by"] for row in json.loads(result.stdout)["shared"]} <= {1, 2}
+
+
+@pytest.mark.parametrize(
+    "words", [("diff", "--tuned", TUNED), ("timeline", "--checkpoints", TUNED, "--checkpoints", OTHER)]
+)
+def test_a_call_in_vain_does_not_stand_in_the_way_of_the_right_one(
+    words: tuple[str, ...], inputs: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "documents.txt").write_text("a document without an answer\n")
+    call = (*words, "--base", BASE, "--sae", inputs["sae"], "--data", str(tmp_path / "documents.txt"),
+            "--out", str(tmp_path / "out"))  # fmt: skip
+    failed = run(*call, "--mask", "response")
+    assert failed.exit_code == 2 and "token" in failed.stderr and "mask" in failed.stderr, failed.output
+    right = run(*call, "--mask", "all")
+    assert right.exit_code == 0 and verify(tmp_path / "out").holds, right.output
 
 
 @pytest.mark.parametrize(
