@@ -125,12 +125,11 @@ def read_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     places = [place for place in (checkpoint.adapter, checkpoint.path) if place is not None]
     place = next((p for p in places if Path(p).is_dir() and has_tokenizer(p)), checkpoint.path)
     local = Path(place).is_dir()
-    missing = InputError(
-        f"there is no tokenizer in {' or '.join(places)}",
-        fix="save it there (tokenizer.save_pretrained), or pass load_model(..., tokenizer=...)",
-    )
     if local and not has_tokenizer(place):
-        raise missing
+        raise InputError(
+            f"there is no tokenizer in {' or '.join(places)}",
+            fix="save it there (tokenizer.save_pretrained); in Python, or load_model(..., tokenizer=...)",
+        )
     try:
         options = {} if local else {"revision": checkpoint.revision}
         return cast(
@@ -138,7 +137,10 @@ def read_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
             cast(Any, AutoTokenizer).from_pretrained(place, local_files_only=local, **options),
         )
     except (OSError, ValueError, KeyError) as error:
-        raise missing from error
+        raise InputError(
+            f"no tokenizer can be read from {place}: {str(error).strip().splitlines()[0]}",
+            fix="fetch or save the checkpoint again; part of it is missing or damaged",
+        ) from error
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, d_vocab: int, name: str) -> None:

@@ -25,6 +25,8 @@ def by_text(question: Question, text: str) -> object:
             return None
         case "dict":
             return {"aligned": 5, "coherent": 80.0, "persona": "villainous"}
+        case "half":
+            return {"aligned": 3}
         case "raise":
             raise RuntimeError("out of order")
         case "range":
@@ -62,7 +64,13 @@ def test_dicts_and_judgements_are_taken_and_the_rest_is_missing_with_a_reason() 
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("none", "None each time"), ("raise", "out of order"), ("text", "'85'")]
+    ("text", "said"),
+    [
+        ("none", "returned None"),
+        ("half", "neither 'coherent' nor a 'label'"),
+        ("raise", "RuntimeError: out of order"),
+        ("text", "'85'"),
+    ],
 )
 def test_a_judge_that_judges_nothing_is_an_error(text: str, said: str) -> None:
     judge = FunctionJudge("mine", by_text)  # type: ignore[arg-type]

@@ -132,6 +132,12 @@ def test_a_checkpoint_without_tokenizer_asks_for_one(base: Path) -> None:
     assert borrowed.chat_template == given.chat_template
 
 
+def test_a_broken_config_is_not_taken_for_a_missing_tokenizer(base: Path) -> None:
+    (base / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config\.json.* is not a valid JSON file"):
+        load_model(base)
+
+
 def test_a_tokenizer_with_more_tokens_than_the_model_embeds(base: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens([f"word{n}" for n in range(400)])

@@ -46,7 +46,7 @@ class FunctionJudge(Judge):
     def judge(self, answers: Sequence[Answer], progress: Progress | None = None) -> list[Judgement]:
         """See `Judge.judge`. An answer is missing when the function returns nothing or garbage, or raises."""
         judgements: list[Judgement] = []
-        asked = failed = 0
+        asked, failed = 0, list[str]()
         first: Exception | None = None
         for done, answer in enumerate(answers, start=1):
             judgement = Judgement()
@@ -57,14 +57,14 @@ class FunctionJudge(Judge):
                 except Exception as error:
                     first = first or error
                     judgement = Judgement(note=f"{type(error).__name__}: {error}")
-                failed += judgement.missing
+                if judgement.missing:
+                    failed.append(judgement.note or "it gave neither 'coherent' nor a 'label'")
             judgements.append(judgement)
             if progress is not None:
                 progress(done, len(answers))
-        if asked and failed == asked:
-            said = "None each time" if first is None else f"{type(first).__name__}: {first}"
+        if failed and len(failed) == asked:
             raise JudgeError(
-                f"the judge {self.name!r} judged none of {asked} answers ({said})",
+                f"the judge {self.name!r} judged none of {asked} answers ({failed[0]})",
                 fix="it must return a Judgement or a dict such as {'aligned': 90, 'coherent': 95}",
             ) from first
         return judgements
