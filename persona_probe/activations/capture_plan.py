@@ -162,7 +162,7 @@ def plan_capture(
         sites=names,
         mask=mask,
         dtype=dtype,
-        batch_tokens=batch_tokens or batch_tokens_for(several[0].device),
+        batch_tokens=batch_tokens_for(several[0].device, batch_tokens),
         sink_factor=sink_factor,
         shard_tokens=shard_tokens,
         survey=counted,

@@ -140,7 +140,14 @@ class Conversations(Sequence[Rendered]):
         if too_long not in get_args(TooLong):
             raise InputError(f"too_long must be one of {get_args(TooLong)}, not {too_long!r}")
         self.documents = documents
-        self.context = context or context_of(lm)
+        most = context_of(lm)
+        if context is not None and not 1 <= context <= (most or context):
+            raise InputError(
+                f"context must be at least 1, and at most the {most or 'positions'} that {lm.name} was made "
+                f"for; got {context}",
+                fix="leave it out: documents are then as long as the model can read",
+            )
+        self.context = context or most
         self._too_long = too_long
         self._tokenizer = lm.tokenizer
         self._take_index(bad)

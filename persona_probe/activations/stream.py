@@ -42,10 +42,16 @@ WASTE = 0.05
 """Most of a batch that may be padding, once the batch has a fair size."""
 
 
-def batch_tokens_for(device: torch.device) -> int:
-    """Padded tokens per forward pass that keep the device busy: on a CPU few, so that they stay in
-    its cache.
+def batch_tokens_for(device: torch.device, asked: int | None = None) -> int:
+    """Padded tokens per forward pass: as many as `asked` for, else as keep the device busy: on a CPU few,
+    so that they stay in its cache. Raises `InputError` for less than one.
     """
+    if asked is not None:
+        if asked < 1:
+            raise InputError(
+                f"batch_tokens must be at least 1, got {asked}", fix="leave it out, or give more"
+            )
+        return asked
     return 1024 if device.type == "cpu" else 8192
 
 
@@ -96,7 +102,7 @@ def stream(
     for document, positions in (leave_out or {}).items():
         for position in positions:
             chosen[document][position] = False
-    size = batch_tokens or batch_tokens_for(models[0].device)
+    size = batch_tokens_for(models[0].device, batch_tokens)
     return _read(models, conversations, names, chosen, size, None if leave_out is not None else sink_factor)
 
 

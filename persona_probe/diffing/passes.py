@@ -138,7 +138,7 @@ def pass_of(
         "models": [weights_of(base), *map(weights_of, models)],
         "dictionaries": {site: None if one is None else one.digest for site, one in dictionaries.items()},
         "mask": asdict(mask),
-        "batch_tokens": batch_tokens or batch_tokens_for(device),
+        "batch_tokens": batch_tokens_for(device, batch_tokens),
         "device": [device.type, sae_device],
         "dtype": dtype,
     }

@@ -97,7 +97,7 @@ def cut(data: Sequence[Sized], clusters: Sequence[str] | None, tokens: int) -> l
 
 def shard_tokens(device: torch.device, batch_tokens: int | None = None) -> int:
     """How many tokens a shard holds, at least."""
-    return SHARD_BATCHES * (batch_tokens or batch_tokens_for(device))
+    return SHARD_BATCHES * batch_tokens_for(device, batch_tokens)
 
 
 @dataclass(frozen=True, eq=False)

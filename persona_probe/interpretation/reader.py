@@ -84,7 +84,7 @@ class Corpus:
 
         Raises `InputError` when no token counts, or no row has a field that `by` names.
         """
-        size = batch_tokens or batch_tokens_for(lm.device)
+        size = batch_tokens_for(lm.device, batch_tokens)
         read = False
         for run, held, labels in self._held(RUN_BATCHES * size):
             if not any(any(mask.select(one, lm.special_ids)) for one in held):

@@ -22,7 +22,7 @@ def answer_nll(lm: LanguageModel, rows: Sequence[Row], *, batch_tokens: int | No
     """
     texts = [row.rendered(lm.tokenizer) for row in rows]
     found = [math.nan] * len(texts)
-    for group in buckets([len(text) for text in texts], batch_tokens or batch_tokens_for(lm.device)):
+    for group in buckets([len(text) for text in texts], batch_tokens_for(lm.device, batch_tokens)):
         ids, mask, _ = pad([texts[i] for i in group], lm.pad_id, side="right").to(lm.device)
         counted = torch.zeros_like(mask, dtype=torch.bool)
         for place, i in enumerate(group):

@@ -114,6 +114,12 @@ def test_bad_rows_are_left_out_named_and_counted(tmp_path: Path) -> None:
     assert all(isinstance(each, Problem) for each in list(read_documents(path))[1:8])
 
 
+@pytest.mark.parametrize("context", [-5, 0, 129, 9999])
+def test_a_context_that_the_model_has_not_is_refused(context: int) -> None:
+    with pytest.raises(InputError, match=f"at most the 128 that .* got {context}"):
+        read_documents([TEXT]).conversations(model_of("llama"), context=context)
+
+
 def test_nothing_to_read_says_why(tmp_path: Path) -> None:
     lm = model_of("llama")
     with pytest.raises(InputError, match=r"no row .* is a document.*line 1: no field 'messages' or 'text'"):

@@ -149,5 +149,8 @@ def test_bad_calls_fail_before_anything_is_read() -> None:
     for models, texts in (([], conversations()), ([lm], [])):
         with pytest.raises(InputError, match="nothing to read"):
             stream(models, texts, SITES, TokenMask())
+    for asked in (0, -5):
+        with pytest.raises(InputError, match=f"batch_tokens must be at least 1, got {asked}"):
+            stream([lm], conversations(), SITES, TokenMask(), batch_tokens=asked)
     with pytest.raises(InputError, match="no site"):
         stream([lm], conversations(), [], TokenMask())
