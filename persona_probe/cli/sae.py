@@ -57,16 +57,17 @@ def train(
     """
     if (store is None) == (model is None and data is None) or (model is None) != (data is None):
         raise InputError("give --model and --data, or --store")
-    import torch
-
     from persona_probe.activations.documents import read_documents
     from persona_probe.activations.masks import TokenMask
     from persona_probe.activations.store import ActivationStore
     from persona_probe.model.language_model import load_model
+    from persona_probe.model.loading import device_of
+    from persona_probe.sae.pools import steps_on
     from persona_probe.sae.source import live_tokens, stored_tokens
-    from persona_probe.sae.train import train_sae
+    from persona_probe.sae.train import check_settings, latents_for, train_sae
 
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_settings(d_sae, k, steps, batch_tokens, lr, seed)  # before documents are counted
+    where = str(device_of(device or "auto"))
     with err.status("counting tokens"):
         if store is not None:
             source = stored_tokens(ActivationStore.open(store), site)
@@ -78,13 +79,13 @@ def train(
             warn_of(conversations.reading)
             source = live_tokens(lm, conversations, site, TokenMask(mask))
     if plan:
-        latents = d_sae or 8 * source.d_model
+        latents = latents_for(source.d_model, d_sae, k)
         facts: dict[str, Any] = {
             "model": source.model_name,
             "site": site,
             "tokens": source.tokens,
             "latents": latents,
-            "steps": steps or max(1, (source.tokens - source.tokens // 10) // batch_tokens),
+            "steps": steps_on(source, batch_tokens, steps),
             "weights": size(4 * (2 * latents * source.d_model + latents + source.d_model)),
             "weights, gradients and optimiser": size(16 * 2 * latents * source.d_model),
         }

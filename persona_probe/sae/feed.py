@@ -17,6 +17,21 @@ calibrate.
 """
 
 
+def steps_for(tokens: int, held_out: int, batch_tokens: int, steps: int | None) -> int:
+    """Steps of training: `steps`, or one pass over what is not held out.
+
+    Raises `InputError` where that is less than two batches.
+    """
+    left = tokens - held_out
+    if left < 2 * batch_tokens:
+        raise InputError(
+            f"{tokens} tokens of activations are too few: {held_out} are held out, and at least two batches "
+            f"of {batch_tokens} are needed beside them",
+            fix="capture more tokens, or lower batch_tokens",
+        )
+    return left // batch_tokens if steps is None else steps
+
+
 class Feed(Iterator[Tensor]):
     """Batches of activations; keeps `held_out` tokens back and remembers the last ones it gave
     (`recent`).
@@ -34,12 +49,11 @@ class Feed(Iterator[Tensor]):
         self._recent: list[Tensor] = []
         if isinstance(activations, Tensor):
             n = activations.shape[0]
-            self._require(n)
+            held = min(HELD_OUT_TOKENS, n // 10)
+            self.steps = steps_for(n, held, batch_tokens, steps)
             _check_finite(activations)
             order = torch.randperm(n)
-            held = min(HELD_OUT_TOKENS, n // 10)
             self.held_out = activations[order[:held]].float().to(device)
-            self.steps = steps or max(1, (n - held) // batch_tokens)
             self._batches = self._shuffled(activations, order[held:])
         else:
             if steps is None:
@@ -67,14 +81,6 @@ class Feed(Iterator[Tensor]):
 
     def recent(self) -> Float[Tensor, "token d_model"]:
         return torch.cat(self._recent)[-HELD_OUT_TOKENS:].to(self.device)
-
-    def _require(self, n: int) -> None:
-        if n < 2 * self.batch_tokens:
-            raise InputError(
-                f"{n} tokens of activations are too few: at least two batches of "
-                f"{self.batch_tokens} are needed",
-                fix="capture more tokens, or lower batch_tokens",
-            )
 
     def _shuffled(self, activations: Tensor, order: Tensor) -> Iterator[Tensor]:
         while True:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_probe.errors import InputError, NonFiniteError
-from persona_probe.sae.feed import HELD_OUT_TOKENS
+from persona_probe.sae.feed import HELD_OUT_TOKENS, steps_for
 from persona_probe.sae.source import TokenSource
 
 _EVERY = 10
@@ -30,6 +30,11 @@ class Cursor(NamedTuple):
     row: int
 
 
+def steps_on(source: TokenSource, batch_tokens: int, steps: int | None = None) -> int:
+    """`steps`, or one pass over `source`. Raises `InputError` where it has too few tokens."""
+    return steps_for(source.tokens, source.tokens // _EVERY, batch_tokens, steps)
+
+
 class PooledFeed(Iterator[Tensor]):
     """Batches of a source, endlessly; what `Feed` is, and it can be set to where a run was."""
 
@@ -40,6 +45,7 @@ class PooledFeed(Iterator[Tensor]):
         self.batch_tokens = batch_tokens
         self.device = device
         self._seed = seed
+        self.steps = steps_on(source, batch_tokens, steps)
         first_order = self._order(0)
         self._measured: set[int] = set()
         held: list[Tensor] = []
@@ -53,14 +59,8 @@ class PooledFeed(Iterator[Tensor]):
                 break
         self.held_out: Tensor = torch.cat(held)[:HELD_OUT_TOKENS].float().to(device)
         self._recent: Tensor = torch.cat(kept)[:HELD_OUT_TOKENS].float()
-        least = source.tokens - source.tokens // _EVERY
-        if least < 2 * batch_tokens or not len(self.held_out):
-            raise InputError(
-                f"{source.tokens} tokens of activations are too few: at least two batches of "
-                f"{batch_tokens} are needed",
-                fix="capture more tokens, or lower batch_tokens",
-            )
-        self.steps: int = steps or max(1, least // batch_tokens)
+        if not len(self.held_out):
+            raise InputError(f"{source.tokens} tokens of activations are too few to measure on")
         self.cursor = Cursor(0, 0, 0)
         self._mixed: Tensor | None = None
 

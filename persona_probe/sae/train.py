@@ -119,6 +119,7 @@ def train_sae(
     settings), `NonFiniteError`.
     """
     parse_site(site)
+    check_settings(d_sae, k, steps, batch_tokens, lr, seed)
     out = Path(out)
     source = activations if isinstance(activations, TokenSource) else None
     run: dict[str, Any] = {}
@@ -139,10 +140,9 @@ def train_sae(
         else:
             feed = Feed(activations, batch_tokens, steps, device)
         width = feed.held_out.shape[1]
-        d_sae = d_sae or 8 * width
-        if not 1 <= k < d_sae:
-            raise InputError(f"k must be from 1 to d_sae - 1 = {d_sae - 1}, got {k}")
-        lr = lr or 4e-3 * math.sqrt(1536 / d_sae)
+        d_sae = latents_for(width, d_sae, k)
+        if lr is None:
+            lr = 4e-3 * math.sqrt(1536 / d_sae)
         settings: dict[str, Any] = {
             "d_sae": d_sae,
             "k": k,
@@ -173,6 +173,29 @@ def train_sae(
             return found
         _fit(trainer, feed, progress, None)
         return _finish(trainer, feed, out, settings, overwrite)
+
+
+def check_settings(
+    d_sae: int | None, k: int, steps: int | None, batch_tokens: int, lr: float | None, seed: int
+) -> None:
+    """Raise `InputError` for a setting that no training can have, whatever it trains on."""
+    for name, value in {"d_sae": d_sae, "k": k, "steps": steps, "batch_tokens": batch_tokens}.items():
+        if value is not None and value < 1:
+            raise InputError(f"{name} must be at least 1, got {value}")
+    if lr is not None and not (math.isfinite(lr) and lr > 0):
+        raise InputError(f"lr must be a finite number above 0, got {lr}", fix="leave it out, or try 0.001")
+    if not 0 <= seed < 2**32:  # shards and pools derive their own from it, which must fit into 64 bits
+        raise InputError(f"seed must be from 0 to {2**32 - 1}, got {seed}")
+
+
+def latents_for(d_model: int, d_sae: int | None, k: int) -> int:
+    """`d_sae`, or 8 d_model where it is None. Raises `InputError` where `k` are not fewer."""
+    latents = 8 * d_model if d_sae is None else d_sae
+    if k >= latents:
+        raise InputError(
+            f"k must be from 1 to d_sae - 1 = {latents - 1}, got {k}", fix="raise d_sae, or lower k"
+        )
+    return latents
 
 
 def _finish(

@@ -44,12 +44,30 @@ def test_a_dictionary_is_trained_from_documents_or_from_a_store(data: Path, tmp_
     assert stored.exit_code == 0, stored.output
     figures = json.loads(stored.stdout)
     assert figures["steps"] == 30 and 0 < figures["explained_variance"] < 1
-    planned = run("sae", "train", "--site", SITE, *read, "--out", tmp_path / "no", "--plan", "--json")
+    planned = run(
+        "sae", "train", "--site", SITE, *read, *size[-2:], "--out", tmp_path / "no", "--plan", "--json"
+    )
     assert json.loads(planned.stdout)["latents"] == 8 * 192 and not (tmp_path / "no").exists()
     refused = run(
         "sae", "train", "--site", "blocks.1.hook_mlp_out", "--store", tmp_path / "store", "--out", "x"
     )
     assert refused.exit_code == 2 and f"holds {SITE}, not blocks.1.hook_mlp_out" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--steps", -4], "steps must be at least 1, got -4"),
+        (["--lr", "nan"], "lr must be a finite number above 0"),
+        (["--limit", 20], "are too few"),
+        (["--k", 9999, "--batch-tokens", 64], "k must be from 1 to d_sae - 1 = 1535"),
+    ],
+)
+def test_a_plan_refuses_what_the_run_would(words: list[Any], said: str, data: Path, tmp_path: Path) -> None:
+    call = ("sae", "train", "--site", SITE, "--model", BASE, "--data", data, "--out", tmp_path / "no")
+    for more in (["--plan"], []):
+        done = run(*call, *words, *more)
+        assert done.exit_code == 2 and said in done.stderr and list(tmp_path.iterdir()) == []
 
 
 def test_validity_is_reported_for_every_dictionary(data: Path) -> None:

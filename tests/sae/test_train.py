@@ -130,6 +130,21 @@ def test_it_belongs_to_the_model_it_was_trained_on(tmp_path: Path) -> None:
         check_fits(found, model_of("qwen2"))
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("steps", -4), ("steps", 0), ("d_sae", 0), ("k", 0), ("batch_tokens", 0), ("lr", math.nan),
+        ("lr", -1.0), ("lr", 0.0), ("seed", 2**32), ("seed", -1),
+    ],
+)  # fmt: skip
+def test_a_setting_out_of_range_is_refused_and_leaves_nothing(
+    setting: str, value: float, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=f"^{setting} must be .*got {value}"):
+        train_sae(activations(1000), SITE, tmp_path / "sae", **{setting: value})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_impossible_settings_are_refused_and_leave_nothing(tmp_path: Path) -> None:
     out, x = tmp_path / "sae", activations(4000)
     with pytest.raises(UnknownSiteError):
@@ -138,6 +153,8 @@ def test_impossible_settings_are_refused_and_leave_nothing(tmp_path: Path) -> No
         train(out, x[:300])
     with pytest.raises(InputError, match="k must be"):
         train(out, x, k=D_SAE)
+    with pytest.raises(InputError, match="too few: 51 are held out"):  # too few only beside those
+        train(out, x[: 2 * BATCH])
     with pytest.raises(InputError, match="every activation is 0"):
         train(out, torch.zeros(2000, D_MODEL))
     with pytest.raises(InputError, match="steps must be given"):
