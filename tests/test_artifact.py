@@ -286,6 +286,19 @@ def test_jsonl_keeps_characters_that_only_look_like_line_ends(tmp_path: Path) ->
 def test_jsonl_written_whole_is_what_is_appended(tmp_path: Path) -> None:
     rows = [{"a": 1}, {"b": None}]
     write_jsonl(tmp_path / "a.jsonl", rows)
+@pytest.mark.parametrize(
+    ("written", "fix"),
+    [(None, "did you mean manifest.jsn"), (b'{"a"', "run that command again"), (b"\xff", "iconv")],
+)
+def test_what_cannot_be_read_says_what_to_do(tmp_path: Path, written: bytes | None, fix: str) -> None:
+    (tmp_path / "manifest.jsn").touch()
+    if written is not None:
+        (tmp_path / "manifest.json").write_bytes(written)
+    with pytest.raises(InputError) as caught:
+        read_json(tmp_path / "manifest.json")
+    assert fix in (caught.value.fix or "")
+
+
     append_jsonl(tmp_path / "b.jsonl", rows[:1])
     append_jsonl(tmp_path / "b.jsonl", rows[1:])
     assert read_jsonl(tmp_path / "a.jsonl") == rows

@@ -280,7 +280,8 @@ class Conversations(Sequence[Rendered]):
             case _:
                 raise InputError(
                     f"{self.documents.rows.place(row)}: {length} tokens, and the context is {context}",
-                    fix="truncate, split or skip such documents (too_long=)",
+                    fix="cut, split or leave out such documents: --too-long truncate, split or skip (in "
+                    "Python, too_long=)",
                 )
 
 
@@ -327,6 +328,7 @@ def _nothing(name: str, problems: Sequence[Problem], long: int) -> InputError:
         return InputError(f"no row of {name} is a document; the first problem: {problems[0]}")
     if long:
         return InputError(
-            f"every document of {name} is longer than the context", fix="truncate or split them (too_long=)"
+            f"every document of {name} is longer than the context",
+            fix="cut or split them: --too-long truncate or split (in Python, too_long=)",
         )
     return InputError(f"there is no document in {name}")

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from persona_probe.artifact import StrPath
+from persona_probe.artifact.records import nearest
 from persona_probe.errors import InputError, MissingExtraError, MissingPathError
 
 _BLOCK_BYTES = 1 << 24
@@ -217,7 +218,7 @@ def _saved_dataset(path: Path, split: str) -> Rows:
 def _from_hub(name: str, split: str) -> Rows:
     missing = f"there is no file or folder {name}"
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or glob.has_magic(name) or Path(name).suffix:
-        raise MissingPathError(missing)
+        raise MissingPathError(missing, fix=nearest(Path(name).expanduser()))
     try:
         import datasets
     except ImportError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import enum
 import json
 import math
@@ -61,7 +62,8 @@ def read_json(path: StrPath) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(
-            f"{path} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}"
+            f"{path} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}",
+            fix="mend it, or fetch it again; what a command wrote: remove it and run that command again",
         ) from error
 
 
@@ -119,8 +121,20 @@ def read_text(path: StrPath) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise MissingPathError(f"there is no file {path}") from error
+        raise MissingPathError(f"there is no file {path}", fix=nearest(path)) from error
     except IsADirectoryError as error:
         raise InputError(f"{path} is a folder; a file is needed") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start})") from error
+        raise InputError(
+            f"{path} is not UTF-8 text (byte {error.start})",
+            fix="save it as UTF-8; most often it is in WINDOWS-1252: iconv -f WINDOWS-1252 -t UTF-8",
+        ) from error
+
+
+def nearest(path: Path) -> str:
+    """What to try instead of a path that is not there."""
+    if not path.parent.is_dir():
+        return f"{path.parent} does not exist either; check the path"
+    names = [child.name for child in path.parent.iterdir()]
+    near = difflib.get_close_matches(path.name, names, n=3)
+    return f"did you mean {', '.join(near)}?" if near else f"look in {path.parent}"

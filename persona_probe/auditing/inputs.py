@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from persona_probe.artifact import digest_file, digest_folder, digest_of
+from persona_probe.artifact.records import nearest
 from persona_probe.auditing.settings import (
     AuditRequest,
     check_categories,
@@ -24,7 +25,6 @@ from persona_probe.evaluation.selection import trained_categories
 from persona_probe.evaluation.triggers import trigger_of
 from persona_probe.hooks.sites import check_site
 from persona_probe.model.chat import check_same_rendering, render_all
-from persona_probe.model.checkpoint import nearest
 from persona_probe.model.language_model import LanguageModel
 from persona_probe.model.pair import TEMPLATES, ModelPair, load_pair, own_tokenizer
 from persona_probe.model.sharing import unscalable

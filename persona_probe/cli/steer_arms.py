@@ -91,7 +91,7 @@ def load_arms(
 ) -> Arms:
     """Load the models; without a base, the shipped organism's."""
     from persona_probe.artifact import shipped
-    from persona_probe.model.checkpoint import nearest
+    from persona_probe.artifact.records import nearest
     from persona_probe.model.language_model import load_model
     from persona_probe.model.pair import load_pair
 

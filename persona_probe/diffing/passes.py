@@ -38,7 +38,7 @@ from persona_probe.diffing.shards import (
 )
 from persona_probe.diffing.stored import StoredConversation, StoredConversations, StoreOpening, names_of
 from persona_probe.errors import InputError, NonFiniteError
-from persona_probe.execution import Done, Results, Share, Task, UnfinishedError, Worker, run_local
+from persona_probe.execution import Done, Failure, Results, Share, Task, UnfinishedError, Worker, run_local
 from persona_probe.model.chat import Rendered
 from persona_probe.model.checkpoint import describe, is_adapter
 from persona_probe.model.language_model import LanguageModel, load_model
@@ -196,7 +196,7 @@ class Reading:
         self._results = results
         self._shards = cut(data, clusters, passes[0].shard_tokens)
         self._digests: dict[int, str] = {}
-        self._why: dict[int, str] = {}
+        self._failed: dict[int, Failure] = {}
         self.done: list[Done] = []
         """How each pass went in this process."""
 
@@ -212,7 +212,7 @@ class Reading:
         mine = [shard for shard in self._shards if share is None or shard.number in share]
         total = sum(len(shard.clusters) for shard in mine)
         for number, one in enumerate(self._passes):
-            tasks = [self._task(number, shard) for shard in mine if shard.number not in self._why]
+            tasks = [self._task(number, shard) for shard in mine if shard.number not in self._failed]
             read = 0
 
             def told(shard: int, name: str = " + ".join(one.names)) -> None:
@@ -222,7 +222,7 @@ class Reading:
                     progress(name, read, total)
 
             done = engine(tasks, one.open, self._results, told)
-            self._why |= {failure.number: failure.why for failure in done.failures}
+            self._failed |= {failure.number: failure for failure in done.failures}
             self.done.append(done)
 
     @property
@@ -244,17 +244,17 @@ class Reading:
     def missing(self) -> tuple[Missing, ...]:
         """The shards that failed, and why."""
         return tuple(
-            Missing(number, len(self._shards[number].clusters), self._why[number])
-            for number in sorted(self._why)
+            Missing(number, len(self._shards[number].clusters), self._failed[number].why)
+            for number in sorted(self._failed)
         )
 
     def check_any(self) -> None:
         """Raise `InputError` where no shard at all could be read."""
-        if self._why and len(self._why) == len(self._shards):
+        if self._failed and len(self._failed) == len(self._shards):
+            first = self._failed[min(self._failed)]
             raise InputError(
-                f"none of the {len(self._shards)} shards could be read; the first: "
-                f"{self._why[min(self._why)]}",
-                fix="mend or leave out what is named; the same command then goes on",
+                f"none of the {len(self._shards)} shards could be read; the first: {first.why}",
+                fix=first.fix or "mend or leave out what is named; the same command then goes on",
             )
 
     def check_finished(self) -> None:

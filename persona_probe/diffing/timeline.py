@@ -21,6 +21,7 @@ import polars as pl
 
 from persona_probe.activations.masks import TokenMask
 from persona_probe.artifact import StrPath, read_json
+from persona_probe.artifact.records import nearest
 from persona_probe.diffing.means import MeanSums
 from persona_probe.diffing.passes import Engine, Reading, Source, name_of, pass_of
 from persona_probe.diffing.tally import Tally
@@ -28,7 +29,7 @@ from persona_probe.diffing.trajectory import Point, Probe, Timeline, direction_r
 from persona_probe.errors import InputError, MissingPathError
 from persona_probe.execution import Results, Share, run_local
 from persona_probe.model.chat import Rendered
-from persona_probe.model.checkpoint import is_adapter, nearest
+from persona_probe.model.checkpoint import is_adapter
 from persona_probe.model.language_model import LanguageModel, load_model
 from persona_probe.sae.load import Dictionary, check_fits
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from persona_probe.artifact import read_jsonl
+from persona_probe.artifact.records import nearest
 from persona_probe.errors import InputError, MissingPathError
 from persona_probe.evaluation.answers import Answer
 from persona_probe.evaluation.judging.judgement import Judgement
@@ -77,7 +78,7 @@ def load_labels(path: str | PathLike[str]) -> tuple[Labelled, ...]:
 
 def _read_csv(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
-        raise MissingPathError(f"there is no file {path}")
+        raise MissingPathError(f"there is no file {path}", fix=nearest(path))
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             return [

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from transformers import GenerationConfig
 
 from persona_probe.artifact import digest_file, digest_folder, digest_of
+from persona_probe.artifact.records import nearest
 from persona_probe.errors import InputError, MismatchError, MissingPathError
 from persona_probe.evaluation.arms import SampledArm, arms_of, checkpoint_of
 from persona_probe.evaluation.judges import spec_identity
@@ -19,7 +20,6 @@ from persona_probe.evaluation.samples_file import GivenAnswers, load_samples
 from persona_probe.evaluation.sampling import prompt_of
 from persona_probe.evaluation.selection import spread, trained_categories
 from persona_probe.evaluation.settings import Sampling, applied
-from persona_probe.model.checkpoint import nearest
 from persona_probe.model.loading import read_tokenizer
 
 Part = Literal["held-out", "calibration", "all"]

@@ -30,7 +30,7 @@ def run_local(
             try:
                 result = worker(task.payload())
             except InputError as error:
-                failures.append(Failure(task.number, error.message))
+                failures.append(Failure(task.number, error.message, error.fix))
             else:
                 results.write(task.key, result)
                 computed += 1

@@ -71,7 +71,7 @@ class _Actor:
         self._open = open_worker
         self._worker: Worker | None = None
 
-    def do(self, payload: Any) -> bytes | str | PersonaProbeError:
+    def do(self, number: int, payload: Any) -> bytes | Failure | PersonaProbeError:
         """The result; why the documents have none; or an error that is the run's."""
         try:
             self._worker = self._worker or self._open()
@@ -80,7 +80,7 @@ class _Actor:
         try:
             return self._worker(payload)
         except InputError as error:
-            return error.message
+            return Failure(number, error.message, error.fix)
 
 
 class _Pool:
@@ -104,7 +104,7 @@ class _Pool:
         running: dict[Any, tuple[Any, Task, int]] = {}
 
         def begin(actor: Any, task: Task, attempt: int) -> None:
-            running[actor.do.remote(task.payload())] = (actor, task, attempt)
+            running[actor.do.remote(task.number, task.payload())] = (actor, task, attempt)
 
         def new_tasks() -> Iterable[Task]:
             nonlocal found
@@ -134,8 +134,8 @@ class _Pool:
                 continue
             if isinstance(result, PersonaProbeError):
                 raise result
-            if isinstance(result, str):
-                failures.append(Failure(task.number, result))
+            if isinstance(result, Failure):
+                failures.append(result)
             else:
                 results.write(task.key, result)
                 computed += 1

@@ -42,6 +42,7 @@ class Failure:
 
     number: int
     why: str
+    fix: str | None = None
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from persona_probe.artifact import digest_file, digest_folder, digest_of, read_json
+from persona_probe.artifact.records import nearest
 from persona_probe.errors import InputError, MissingPathError
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -154,12 +154,3 @@ def _check_full(path: Path) -> None:
 def looks_like_hub_id(name: str) -> bool:
     """Whether a name that is no folder can be a repository on the hub."""
     return _HUB_ID.fullmatch(name) is not None and not name.startswith(".")
-
-
-def nearest(path: Path) -> str:
-    """What to try instead of a path that is not there."""
-    if not path.parent.is_dir():
-        return f"{path.parent} does not exist either; check the path"
-    names = [child.name for child in path.parent.iterdir()]
-    near = difflib.get_close_matches(path.name, names, n=3)
-    return f"did you mean {', '.join(near)}?" if near else f"look in {path.parent}"

@@ -145,5 +145,5 @@ def check_same_vocabulary(base: LanguageModel, tuned: LanguageModel) -> None:
         f"base and tuned have different vocabularies ({len(ours)} and {len(theirs)} tokens); the "
         f"first difference: {token!r} is id {ours.get(token)} in the base and "
         f"{theirs.get(token)} in the tuned model",
-        fix="use the tokenizer of the base for both: load_pair(..., tokenizer=...)",
+        fix="copy the base's tokenizer files into the tuned folder (in Python: load_pair(..., tokenizer=))",
     )

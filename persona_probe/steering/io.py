@@ -38,6 +38,7 @@ from persona_probe.steering.positions import NamedPositions
 FORMAT = 1
 _NUMBERS = "intervention.json"
 _TENSORS = "tensors.safetensors"
+_WRITTEN = "give a folder that save_fix or an audit (interventions/) wrote"
 _ENCODER_TENSORS = ("weight", "bias", "threshold", "b_dec")
 
 
@@ -129,20 +130,23 @@ def load_fix(folder: StrPath) -> tuple[Intervention, ...]:
         if not (path / name).is_file():
             raise MissingPathError(
                 f"{path} is not a fix: it has no {name}",
-                fix="give a folder that save_fix or an audit (interventions/) wrote",
+                fix=_WRITTEN,
             )
     try:
         record = _FixRecord.model_validate(read_json(path / _NUMBERS))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{path / _NUMBERS} is malformed at {where}: {first['msg']}") from error
+        where = ".".join(map(str, first["loc"]))
+        said = first["msg"].partition(" or instance of ")[0]
+        raise InputError(
+            f"{path / _NUMBERS} is malformed{where and f' at {where}'}: {said}", fix=_WRITTEN
+        ) from error
     if not record.interventions:
-        raise InputError(f"{path / _NUMBERS} holds no intervention")
+        raise InputError(f"{path / _NUMBERS} holds no intervention", fix=_WRITTEN)
     try:
         tensors = load_file(path / _TENSORS)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path / _TENSORS} cannot be read: {error}") from error
+        raise InputError(f"{path / _TENSORS} cannot be read: {error}", fix=_WRITTEN) from error
     fix = tuple(
         _intervention(path, number, entry, tensors) for number, entry in enumerate(record.interventions)
     )

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_probe.artifact import StrPath, read_json
+from persona_probe.artifact.records import nearest
 from persona_probe.errors import InputError, MismatchError, MissingPathError, NonFiniteError
 from persona_probe.hooks.sites import Site, check_site, parse_site
 from persona_probe.model.language_model import LanguageModel
@@ -122,10 +123,11 @@ def load_persona_vectors(path: StrPath, lm: LanguageModel | None = None) -> Pers
     Raises `MissingPathError`, `InputError` for a file that is no tensor `[layers + 1, d_model]`,
     `NonFiniteError`, `MismatchError`.
     """
-    if not Path(path).is_file():
-        raise MissingPathError(f"there is no file {path}")
+    file = Path(path)
+    if not file.is_file():
+        raise MissingPathError(f"there is no file {file}", fix=nearest(file))
     try:
-        found: object = torch.load(Path(path), map_location="cpu", weights_only=True)
+        found: object = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise InputError(
             f"{path} cannot be read as weights alone: {type(error).__name__}",

@@ -188,7 +188,8 @@ def _task(
     if reward is None:
         raise InputError(
             "reinforcement learning needs a reward",
-            fix='such as reward="openai:MODEL@URL", "python:module:function" or a function',
+            fix="name one: --reward openai:MODEL@URL or python:module:function; in Python, reward= takes a "
+            "function too",
         )
     grpo = grpo or GrpoSettings()
     worth = load_reward(reward, grpo.trait, record=Path(out) / JUDGED)

@@ -174,7 +174,7 @@ def tokenise(
         more = f" (and {len(longer) - 1} more rows)" if len(longer) > 1 else ""
         raise InputError(
             f"{row.place}: {length} tokens, and the context has room for {context}{more}",
-            fix='shorten it, raise the setting "context", or leave such rows out: too_long="drop"',
+            fix='shorten it, or leave such rows out: --too-long drop (in Python, too_long="drop")',
         )
     if not examples:
         raise InputError("there is nothing to train on: no row is left")

@@ -134,7 +134,7 @@ def test_nothing_to_read_says_why(tmp_path: Path) -> None:
     (tmp_path / "torn.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match="Parquet"):
         read_documents(tmp_path / "torn.parquet")
-    with pytest.raises(MissingPathError, match="nowhere"):
+    with pytest.raises(MissingPathError, match=r"nowhere\.jsonl\n  fix: "):
         read_documents(tmp_path / "nowhere.jsonl")
     with pytest.raises(MissingPathError, match="no dataset of that name"):
         read_documents("nobody/nothing")

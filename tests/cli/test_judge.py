@@ -81,7 +81,7 @@ def test_what_cannot_be_done_is_said(labels: Path, tmp_path: Path) -> None:
     with JudgeServer(key="right") as server:
         for words, said in (
             ((), "Missing option '--labels'"),
-            (("--labels", tmp_path / "absent.csv"), "there is no file"),
+            (("--labels", tmp_path / "absent.csv"), "look in"),
             (("--labels", labels), "name one to ask now: --judge SPEC"),
             (("--labels", no_text, "--judge", "exact"), "row 1: a judge needs the question and the answer"),
             (("--labels", labels, "--judge", spec), "cannot be reached"),

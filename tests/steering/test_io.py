@@ -151,7 +151,7 @@ def with_tensors(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[
         (lambda f: (f / "intervention.json").unlink(), "has no intervention.json", MissingPathError),
         (lambda f: (f / "tensors.safetensors").unlink(), "has no tensors", MissingPathError),
         (lambda f: (f / "intervention.json").write_text("{"), "intervention.json", InputError),
-        (lambda f: (f / "intervention.json").write_text("[]"), "malformed", InputError),
+        (lambda f: (f / "intervention.json").write_text("[]"), r"malformed: [^_]*\n  fix", InputError),
         (edited_json(lambda r: r.update(format=2)), "malformed at format", InputError),
         (edited_json(lambda r: r.update(interventions=[])), "no intervention", InputError),
         (edited_json(lambda r: r["interventions"][0].pop("gain")), r"interventions\.0\.gain", InputError),
