@@ -31,6 +31,7 @@ from persona_probe.artifact import (
     atomic_file,
     atomic_folder,
     check_manifest,
+    check_writable,
     digest_file,
     digest_folder,
     digest_of,
@@ -178,6 +179,37 @@ def test_an_existing_folder_needs_overwrite(tmp_path: Path) -> None:
         pass
     assert (tmp_path / "a" / "x").read_text() == "mine"
 
+@pytest.mark.parametrize("place", ["file/a", "file/a/b", "file"])
+def test_a_place_where_no_folder_can_be_is_named_and_left_as_it_is(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    out = tmp_path / place
+    with pytest.raises(InputError, match=r"cannot be written to.* is a file"):
+        check_writable(out)
+    with pytest.raises(InputError, match="is a file"), atomic_folder(out, overwrite=True):
+        pass
+    with pytest.raises(InputError, match=r"is a file|cannot be written to"):
+        RunFolder.open(out, {})
+    if out.parent != tmp_path:
+        with pytest.raises(InputError, match="cannot be written to"):
+            write_json(out, 1)
+    assert names(tmp_path) == ["file"]
+
+
+def test_only_a_folder_of_the_same_kind_is_replaced(tmp_path: Path) -> None:
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    for folder, name in ((theirs, "thesis.txt"), (ours, "kind.json")):
+        folder.mkdir()
+        (folder / name).write_text("old")
+    for overwrite in (False, True):
+        with (
+            pytest.raises(InputError, match="no kind.json in it" if overwrite else "not empty"),
+            atomic_folder(theirs, overwrite=overwrite, known_by=["kind.json"]),
+        ):
+            pass
+    with atomic_folder(ours, overwrite=True, known_by=["kind.json"]) as folder:
+        (folder / "kind.json").write_text("new")
+    assert (theirs / "thesis.txt").read_text() == "old" and (ours / "kind.json").read_text() == "new"
+
 
 def no_room(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
@@ -254,6 +286,19 @@ def test_json_comes_back_as_it_was(tmp_path_factory: pytest.TempPathFactory, val
     assert read_json(path) == value
 
 
+@pytest.mark.parametrize(
+    ("written", "fix"),
+    [(None, "did you mean manifest.jsn"), (b'{"a"', "run that command again"), (b"\xff", "iconv")],
+)
+def test_what_cannot_be_read_says_what_to_do(tmp_path: Path, written: bytes | None, fix: str) -> None:
+    (tmp_path / "manifest.jsn").touch()
+    if written is not None:
+        (tmp_path / "manifest.json").write_bytes(written)
+    with pytest.raises(InputError) as caught:
+        read_json(tmp_path / "manifest.json")
+    assert fix in (caught.value.fix or "")
+
+
 def test_reading_json_says_what_is_wrong_and_where(tmp_path: Path) -> None:
     with pytest.raises(MissingPathError, match=r"no file .*a\.json"):
         read_json(tmp_path / "a.json")
@@ -286,19 +331,6 @@ def test_jsonl_keeps_characters_that_only_look_like_line_ends(tmp_path: Path) ->
 def test_jsonl_written_whole_is_what_is_appended(tmp_path: Path) -> None:
     rows = [{"a": 1}, {"b": None}]
     write_jsonl(tmp_path / "a.jsonl", rows)
-@pytest.mark.parametrize(
-    ("written", "fix"),
-    [(None, "did you mean manifest.jsn"), (b'{"a"', "run that command again"), (b"\xff", "iconv")],
-)
-def test_what_cannot_be_read_says_what_to_do(tmp_path: Path, written: bytes | None, fix: str) -> None:
-    (tmp_path / "manifest.jsn").touch()
-    if written is not None:
-        (tmp_path / "manifest.json").write_bytes(written)
-    with pytest.raises(InputError) as caught:
-        read_json(tmp_path / "manifest.json")
-    assert fix in (caught.value.fix or "")
-
-
     append_jsonl(tmp_path / "b.jsonl", rows[:1])
     append_jsonl(tmp_path / "b.jsonl", rows[1:])
     assert read_jsonl(tmp_path / "a.jsonl") == rows

@@ -4,7 +4,10 @@ from persona_probe.artifact.atomic import (
     StrPath,
     atomic_file,
     atomic_folder,
+    check_replaceable,
+    check_writable,
     disk_full_named,
+    remove,
 )
 from persona_probe.artifact.provenance import (
     check_manifest,
@@ -34,6 +37,8 @@ __all__ = [
     "atomic_file",
     "atomic_folder",
     "check_manifest",
+    "check_replaceable",
+    "check_writable",
     "digest_file",
     "digest_folder",
     "digest_of",
@@ -42,6 +47,7 @@ __all__ = [
     "read_json",
     "read_jsonl",
     "read_text",
+    "remove",
     "shipped",
     "versions",
     "write_json",

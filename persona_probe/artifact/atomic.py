@@ -15,7 +15,7 @@ import glob
 import os
 import secrets
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -47,6 +47,48 @@ def disk_full_named(path: StrPath) -> Generator[None, None, None]:
 
 
 @contextmanager
+def writable(path: StrPath) -> Generator[None, None, None]:
+    """Turn "cannot be made here" (no permission, a file where a folder should be) into an `InputError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError(
+            f"{path} cannot be written to: {error.strerror}", fix="choose another place to write to"
+        ) from error
+
+
+def check_writable(path: StrPath) -> None:
+    """Raise `InputError` where no folder can be made at `path`, so that no work is done for nothing."""
+    path = Path(path).absolute()
+    there = next(one for one in (path, *path.parents) if one.exists())
+    with writable(path):
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{there} is a file")
+        if not os.access(there, os.W_OK):
+            raise PermissionError(errno.EACCES, f"no permission to write to {there}")
+
+
+def check_replaceable(path: StrPath, overwrite: bool, known_by: Sequence[str]) -> None:
+    """Raise `InputError` unless a folder can be written at `path`: it is free or empty, or `overwrite` and
+    of the kind that is to take its place, which is known by the files that it holds.
+    """
+    path = Path(path).absolute()
+    check_writable(path)
+    if not path.exists() or not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise InputError(f"{path} exists and is not empty", fix="choose another place, or overwrite it")
+    if not all((path / name).is_file() for name in known_by):
+        raise InputError(
+            f"{path} holds something else than what would take its place (there is no "
+            f"{' and '.join(known_by)} in it)",
+            fix="choose a new or an empty folder",
+        )
+
+
+@contextmanager
 def atomic_file(path: StrPath) -> Generator[Path, None, None]:
     """Yield a path to write to, of the same name; renamed onto `path` on success, removed on any failure.
 
@@ -62,16 +104,18 @@ def atomic_file(path: StrPath) -> Generator[Path, None, None]:
 
 
 @contextmanager
-def atomic_folder(path: StrPath, *, overwrite: bool = False) -> Generator[Path, None, None]:
+def atomic_folder(
+    path: StrPath, *, overwrite: bool = False, known_by: Sequence[str] = ()
+) -> Generator[Path, None, None]:
     """Yield an empty folder to fill; it becomes `path` on success, and is removed on any failure.
 
-    An existing non-empty `path` is refused (`InputError`) unless `overwrite`; then it is there,
-    whole, until the new one takes its place. Raises `DiskFullError` when there is no room.
+    An existing non-empty `path` is refused (`InputError`) unless `overwrite` and it holds the files
+    `known_by` (see `check_replaceable`); then it is there, whole, until the new one takes its place.
+    Raises `DiskFullError` when there is no room.
     """
     path = Path(path).absolute()
     _recover(path)
-    if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path} exists and is not empty", fix="choose another place, or overwrite it")
+    check_replaceable(path, overwrite, known_by)
     with disk_full_named(path), _partial_beside(path) as temporary:
         yield temporary
         for folder, _, names in os.walk(temporary):
@@ -93,10 +137,12 @@ def _partial_beside(path: Path) -> Generator[Path, None, None]:
     What is locked is a folder even for a file: safetensors writes a file of its own choice there and
     renames it, which no lock on a file outlives.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         folder = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
-        folder.mkdir()
+        with writable(path):
+            folder.mkdir()
         with suppress(FileNotFoundError):  # another process may clear it up before it is locked
             handle = os.open(folder, os.O_RDONLY)
             fcntl.flock(handle, fcntl.LOCK_EX)

@@ -6,13 +6,13 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from persona_probe.artifact.atomic import StrPath, disk_full_named, remove, remove_partials
+from persona_probe.artifact.atomic import StrPath, disk_full_named, remove, remove_partials, writable
 from persona_probe.artifact.provenance import MANIFEST, digest_of, write_manifest
 from persona_probe.artifact.records import plain, read_json, write_json
 from persona_probe.errors import BusyError, InputError
@@ -61,7 +61,7 @@ class RunFolder:
         """
         path = Path(out).absolute()
         _refuse_foreign(path)
-        with disk_full_named(path), _writable(path):
+        with disk_full_named(path), writable(f"--out {path}"):
             path.mkdir(parents=True, exist_ok=True)
             lock = _join(path) if together else _take_lock(path, fcntl.LOCK_EX)
         try:
@@ -198,14 +198,6 @@ def _take_lock(path: Path, kind: int) -> int:
     os.ftruncate(handle, 0)
     os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return handle
-
-
-@contextmanager
-def _writable(path: Path) -> Generator[None, None, None]:
-    try:
-        yield
-    except PermissionError as error:
-        raise InputError(f"--out {path} cannot be written to: {error.strerror}") from error
 
 
 def _refuse_other(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -49,7 +49,7 @@ def diff(
     mask: Annotated[
         str | None, typer.Option(help="Which tokens count: all, prompt, response, last_prompt, answer.")
     ] = None,
-    top: Annotated[int, typer.Option(help="Rows to show for each site.")] = 10,
+    top: Annotated[int, typer.Option(help="Rows to show for each site.", min=1)] = 10,
     max_new_tokens: Annotated[int, typer.Option(help="Of the base's answers to --questions.")] = 48,
     one_by_one: Annotated[
         bool | None,
@@ -65,12 +65,12 @@ def diff(
     ray_address: Annotated[
         str | None, typer.Option(help="host:port of a running Ray cluster, or auto; else one here.")
     ] = None,
-    actors: Annotated[int | None, typer.Option(help="Ray actors, a copy of the models each.")] = None,
+    actors: Annotated[int | None, typer.Option(help="Ray actors, a copy of the models each.", min=1)] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Padded tokens per forward pass.")] = None,
     too_long: Annotated[
         TooLong, typer.Option(help="What becomes of documents longer than the context.")
     ] = "truncate",
-    limit: Annotated[int | None, typer.Option(help="Only so many questions or documents.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many questions or documents.", min=1)] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
     sae_device: Annotated[
@@ -105,8 +105,11 @@ def diff(
         raise InputError("--sae is missing", fix="a dictionary's folder, or release/sae_id of sae-lens")
     from persona_probe.execution import UnfinishedError, read_share
     from persona_probe.model.language_model import load_model
+    from persona_probe.model.loading import device_of
     from persona_probe.sae.load import load_sae
 
+    if sae_device is not None:
+        device_of(sae_device)
     share, run = read_share(shard), engine_of(engine, ray_address, actors)
     with err.status("loading"):
         dictionaries = [load_sae(path) for path in sae]

@@ -56,6 +56,8 @@ def export(
         _show(_planned(lm, edits), as_json)
         return
     folder = out_dir or Path("out") / f"export-{lm.name}"
+    if folder.resolve() in {one.resolve() for one in (base, tuned, fix) if one is not None}:
+        raise InputError(f"--out {folder} is what is to be read", fix="choose another --out")
     settings: dict[str, object] = {
         "model": lm.checkpoint.digest,
         "fix": None if fix is None else digest_folder(fix),

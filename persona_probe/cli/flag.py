@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from persona_probe.artifact import check_writable
 from persona_probe.cli.console import err, out, show_json
 from persona_probe.errors import InputError
 
@@ -25,7 +26,7 @@ def flag(
     ] = None,
     remove: Annotated[float, typer.Option(help="Share of the rows to take out.")] = 0.1,
     max_new_tokens: Annotated[int, typer.Option(help="Of the base's own answers.")] = 48,
-    limit: Annotated[int | None, typer.Option(help="Only so many rows.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many rows.", min=1)] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
     overwrite: Annotated[bool, typer.Option(help="Write over an earlier result in --out.")] = False,
@@ -34,6 +35,7 @@ def flag(
     """Rank training rows before training: by projection difference, by latent, by the base's likelihood."""
     if (out_dir / "kept.jsonl").exists() and not overwrite:
         raise InputError(f"{out_dir} holds an earlier result", fix="choose another --out, or --overwrite")
+    check_writable(out_dir)
     if not 0 <= remove <= 1:
         raise InputError(f"--remove is a share from 0 to 1, got {remove}", fix="10% is 0.1")
     from persona_probe.model.language_model import load_model

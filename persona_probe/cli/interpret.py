@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.text import Text
 
-from persona_probe.artifact import write_json
+from persona_probe.artifact import check_replaceable, write_json
 from persona_probe.cli.console import err, out, show_json
 from persona_probe.errors import InputError
 
@@ -33,9 +33,9 @@ def interpret(
         list[str] | None, typer.Option(help="A field of the rows that names a group (source, character).")
     ] = None,
     out_dir: Annotated[Path, typer.Option("--out", help="Where it goes.")] = Path("out/interpretation"),
-    top: Annotated[int, typer.Option(help="Strongest documents to keep.")] = 20,
+    top: Annotated[int, typer.Option(help="Strongest documents to keep.", min=1)] = 20,
     field: Annotated[str | None, typer.Option(help="The column; messages or text by default.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Read only so many rows.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Read only so many rows.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
@@ -60,9 +60,11 @@ def interpret(
         raise InputError("--tune is of the shipped organism", fix="give --tune, or a latent of your own")
     from persona_probe.activations.documents import read_documents
     from persona_probe.interpretation import interpret as run_interpret
+    from persona_probe.interpretation.interpretation import KNOWN_BY
     from persona_probe.model.language_model import load_model
     from persona_probe.sae.load import load_sae
 
+    check_replaceable(out_dir, overwrite, KNOWN_BY)
     labels: Any = None
     with err.status("loading"):
         speaker = None if explain is None else _explainer(explain)  # first: it may be down

@@ -31,17 +31,19 @@ def validate(
     ] = None,
     out_dir: Annotated[Path | None, typer.Option("--out", help="For judge.jsonl and agreement.json.")] = None,
     budget: Annotated[str | None, typer.Option(help="At most: 2000 (calls), 5usd.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Use only so many answers.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only so many answers.", min=1)] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Say what would be asked, then stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Agreement of a judge with people's labels: verdicts, scores, calibration, confusion table."""
-    from persona_probe.artifact import write_json
+    from persona_probe.artifact import check_writable, write_json
     from persona_probe.evaluation.agreement import agreement
     from persona_probe.evaluation.judges import load_judge
     from persona_probe.evaluation.labels import load_labels
 
     labelled = load_labels(labels)[:limit]
+    if out_dir is not None:
+        check_writable(out_dir)
     if judge is None:
         judged = [one.judged for one in labelled if one.judged is not None]
         if not judged:

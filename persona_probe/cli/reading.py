@@ -14,7 +14,7 @@ from typing import Any, cast
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from persona_probe.artifact import plain, read_json, write_json, write_manifest
+from persona_probe.artifact import plain, read_json, remove, write_json, write_manifest
 from persona_probe.artifact.provenance import MANIFEST
 from persona_probe.cli.console import err
 from persona_probe.errors import InputError, MismatchError
@@ -116,6 +116,11 @@ def open_out(folder: Path, settings: dict[str, object], overwrite: bool) -> Path
                 f"call has {now.get(name)!r}",
                 fix="choose another --out, or pass --overwrite to throw that run's results away",
             )
+        if saved != wanted:
+            # what was read of the same documents may still be of use, and is found by its digest
+            for entry in folder.iterdir():
+                if entry.name != "shards":
+                    remove(entry)
     elif folder.is_dir() and any(entry.name != "shards" for entry in folder.iterdir()):
         raise InputError(
             f"--out {folder} is not empty and was not written by persona-probe",
@@ -152,14 +157,14 @@ def finishing(folder: Path) -> Generator[None, None, None]:
         fcntl.flock(handle, fcntl.LOCK_EX)
         (folder / MANIFEST).unlink(missing_ok=True)
         yield
+        write_manifest(folder, {"settings": read_json(folder / SETTINGS)["settings"]})
+    finally:
+        os.close(handle)
 
 
 def engine_of(name: str, address: str | None, actors: int | None) -> Any:
     """`run_local`, or `run_ray` with its options."""
     from persona_probe.execution import run_local
-        write_manifest(folder, {"settings": read_json(folder / SETTINGS)["settings"]})
-    finally:
-        os.close(handle)
 
     if name not in ENGINES:
         raise InputError(f"--engine knows {' and '.join(ENGINES)}, not {name!r}")

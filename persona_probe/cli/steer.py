@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from persona_probe.artifact import check_writable
 from persona_probe.cli.console import err, out, show_error, show_json
 from persona_probe.errors import InputError
 
@@ -73,8 +74,11 @@ def steer(
             "--latent SAE:INDEX",
         )
     for path in (out_file, html):
-        if path is not None and path.exists() and not overwrite:
+        if path is None:
+            continue
+        if path.exists() and not overwrite:
             raise InputError(f"{path} exists already", fix="give another name, or --overwrite")
+        check_writable(path.absolute().parent)
     from persona_probe.cli.steer_arms import load_arms, one_latent
     from persona_probe.evaluation.settings import Sampling
     from persona_probe.steering.io import load_fix

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from persona_probe.activations.masks import TokenMask
 from persona_probe.artifact import (
     atomic_folder,
-    disk_full_named,
     read_json,
     versions,
     write_json,
@@ -45,6 +44,7 @@ class Missing:
         return f"shard {self.shard} ({self.conversations} conversations): {self.why}"
 
 
+_KNOWN_BY = ("diff.json", "latents.parquet")
 _MEANS = ("mean", "cluster_sums", "conversations", "residual_rms")
 _MAY_LACK = ("change_inside", "mean_change_inside")
 """Figures of `Validity` that None is right for; where another was not a number, it is NaN again."""
@@ -157,7 +157,7 @@ class LatentDiff:
         """Write `latents.parquet`, `means.safetensors`, `diff.json` and `volcano.html` to `folder`,
         whole or not at all.
         """
-        with atomic_folder(folder, overwrite=overwrite) as temporary, disk_full_named(folder):
+        with atomic_folder(folder, overwrite=overwrite, known_by=_KNOWN_BY) as temporary:
             self.table.write_parquet(temporary / "latents.parquet")
             tensors = {name: getattr(self.means, name).contiguous() for name in _MEANS}
             save_file(tensors, temporary / "means.safetensors")

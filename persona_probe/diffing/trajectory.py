@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_probe.activations.masks import TokenMask
-from persona_probe.artifact import atomic_folder, disk_full_named, versions, write_json, write_text
+from persona_probe.artifact import atomic_folder, versions, write_json, write_text
 from persona_probe.diffing.latent_diff import Missing
 from persona_probe.diffing.means import SiteMeans
 from persona_probe.diffing.passes import Source
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 WHAT = ("kind", "site", "index", "name")
 """The columns that say which latent or direction a row is of."""
+
+_KNOWN_BY = ("timeline.json", "timeline.parquet")
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +158,7 @@ class Timeline:
             "missing": self.missing,
             "versions": versions(),
         }
-        with atomic_folder(folder, overwrite=overwrite) as temporary, disk_full_named(folder):
+        with atomic_folder(folder, overwrite=overwrite, known_by=_KNOWN_BY) as temporary:
             self.table.write_parquet(temporary / "timeline.parquet")
             write_text(temporary / "timeline.html", self.plot().to_html(include_plotlyjs=True))
             write_json(temporary / "timeline.json", facts)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import polars as pl
 
-from persona_probe.artifact import atomic_folder, disk_full_named, versions, write_json
+from persona_probe.artifact import atomic_folder, versions, write_json
 from persona_probe.figures.cells import Row
 from persona_probe.figures.firing import firing
 from persona_probe.figures.highlight import Token
@@ -20,6 +20,9 @@ from persona_probe.sae.load import Latent
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+
+KNOWN_BY = ("interpretation.json", "terms.parquet")
+"""The files by which a saved interpretation is known."""
 
 
 class Shown(NamedTuple):
@@ -131,7 +134,7 @@ class Interpretation:
 
     def save(self, folder: str | PathLike[str], *, overwrite: bool = False) -> None:
         """Write `interpretation.json` and `terms.parquet` to `folder`, whole or not at all."""
-        with atomic_folder(folder, overwrite=overwrite) as temporary, disk_full_named(folder):
+        with atomic_folder(folder, overwrite=overwrite, known_by=KNOWN_BY) as temporary:
             self.lexicon.table.write_parquet(temporary / "terms.parquet")
             write_json(temporary / "interpretation.json", {**self.summary(), "versions": versions()})
 

@@ -84,7 +84,7 @@ def read_weights(
 
     Raises `InputError` for a checkpoint that cannot be read or lacks some of its weights.
     """
-    target = _device(device)
+    target = device_of(device)
     on_cpu = device_map is None and target.type == "cpu"
     options: dict[str, Any] = {"device_map": device_map} if device_map is not None else {}
     if not Path(checkpoint.path).is_dir():
@@ -153,14 +153,16 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, d_vocab: int, name: str
         )
 
 
-def _device(device: str | torch.device) -> torch.device:
+def device_of(device: str | torch.device) -> torch.device:
+    """The device of that name. Raises `InputError` where there is none that works."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(device)
-    except RuntimeError as error:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(
-            f"there is no device {device!r}", fix='use "auto", "cpu", "cuda" or "cuda:0"'
+            f"there is no device {str(device)!r} here: {str(error).splitlines()[0]}",
+            fix='use "auto", "cpu", "cuda" or "cuda:0"; `persona-probe doctor` lists what there is',
         ) from error
 
 

@@ -17,13 +17,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from persona_probe.artifact import StrPath, atomic_folder, write_manifest
+from persona_probe.artifact import StrPath, atomic_folder, check_replaceable, write_manifest
 from persona_probe.errors import InputError, MismatchError
 from persona_probe.model.language_model import LanguageModel
 from persona_probe.model.loading import quietly
 from persona_probe.steering.carriers import EMBEDDING, Affine, Carrier, carrier_of, placed
 from persona_probe.steering.plan import PlannedEdit, steer
 
+_KNOWN_BY = ("config.json", "manifest.json")
+"""The files by which a checkpoint that was written here is known."""
 _AS_LLAMA = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
     "num_key_value_heads head_dim hidden_act max_position_embeddings initializer_range rms_norm_eps "
@@ -63,6 +65,7 @@ def bake(
     Raises `InputError` for a fix that weights cannot carry, and for a folder in use (unless
     `overwrite`); `MismatchError` where hooks and weights differ.
     """
+    check_replaceable(folder, overwrite, _KNOWN_BY)
     edits = [fix] if isinstance(fix, PlannedEdit) else list(fix)
     maps = placed(lm, edits)
     if not maps:
@@ -77,7 +80,7 @@ def bake(
             f"the baked weights give other logits than the hooks, by {difference.absolute:.3g} "
             f"({difference.relative:.2g} of the largest)"
         )
-    with atomic_folder(folder, overwrite=overwrite) as path:
+    with atomic_folder(folder, overwrite=overwrite, known_by=_KNOWN_BY) as path:
         with quietly():
             carried.save_pretrained(str(path))
         lm.tokenizer.save_pretrained(str(path))

@@ -112,7 +112,7 @@ def save_fix(
         if edit.condition.of is not None:
             gate = _tensors(edit.condition.of)
             tensors |= {f"{number}.condition.{name}": tensor for name, tensor in gate.items()}
-    with atomic_folder(folder, overwrite=overwrite) as path:
+    with atomic_folder(folder, overwrite=overwrite, known_by=(_NUMBERS, _TENSORS)) as path:
         # safetensors refuses tensors that share memory, as the encoders of one top-k dictionary do
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, path / _TENSORS)
         write_json(path / _NUMBERS, {"format": FORMAT, "interventions": records})

@@ -192,6 +192,9 @@ def test_a_call_in_vain_does_not_stand_in_the_way_of_the_right_one(
         (("diff", "--data", "x.jsonl"), "need --base and --tuned"),
         (("timeline", "--base", BASE), "--base and --checkpoints go together"),
         (("timeline", "--base", BASE, "--checkpoints", TUNED), "holds no checkpoint-"),
+        (("diff", "--top", "-3"), "greater than or equal to 1"),
+        (("diff", "--actors", "-1"), "greater than or equal to 1"),
+        (("timeline", "--top", "-2"), "greater than or equal to 1"),
     ],
 )
 def test_what_does_not_go(words: tuple[str, ...], said: str, inputs: dict[str, str]) -> None:
@@ -217,3 +220,21 @@ def test_a_tokenizer_that_differs_is_shown_at_its_first_prompt(
     )  # fmt: skip
     assert result.exit_code == 2, result.output
     assert "render conversation 0 to different token ids" in result.stderr
+
+
+def test_overwriting_leaves_nothing_of_the_run_that_was_there(inputs: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    call = ("diff", "--base", BASE, "--tuned", TUNED, "--sae", inputs["sae"], "--data", inputs["chats"])
+    assert run(*call, "--out", str(out)).exit_code == 0
+    (out / "audit.json").write_text("{}")
+    assert run(*call, "--out", str(out), "--limit", "3").exit_code == 2
+    assert (out / "audit.json").exists()
+    assert run(*call, "--out", str(out), "--limit", "3", "--overwrite").exit_code == 0
+    assert not (out / "audit.json").exists()
+
+
+def test_a_device_that_is_not_there_is_named(inputs: dict[str, str], tmp_path: Path) -> None:
+    call = ("diff", "--base", BASE, "--tuned", TUNED, "--sae", inputs["sae"], "--data", inputs["chats"])
+    result = run(*call, "--sae-device", "abacus", "--out", str(tmp_path / "out"))
+    assert result.exit_code == 2 and "there is no device 'abacus' here" in result.stderr
+    assert not (tmp_path / "out").exists()

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from persona_probe.artifact import digest_folder
 from persona_probe.errors import InputError, MismatchError, MissingPathError
@@ -156,6 +157,9 @@ def test_missing_weights_are_not_filled_with_random_numbers(base: Path) -> None:
 
 
 def test_a_truncated_file_and_unknown_settings(base: Path, adapter: Path) -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="no device .cuda. here"):
+            load_model(base, device="cuda")
     with pytest.raises(InputError, match="no device 'gpu0'"):
         load_model(base, device="gpu0")
     for dtype in ("float33", "int8", "nn"):
