@@ -78,7 +78,9 @@ def calibrate(
     samples: Annotated[int, typer.Option(help="Answers per question and setting.", min=1)] = 1,
     temperature: Annotated[float, typer.Option(help="0: the most probable token each time.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 32,
-    limit: Annotated[int | None, typer.Option(help="Use only so many questions of each split.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Use only so many questions of each split.", min=1)
+    ] = None,
     seed: Annotated[int, typer.Option(help="The same for all settings.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
@@ -109,13 +111,16 @@ def calibrate(
         show_written,
     )
     from persona_probe.evaluation.settings import Sampling
+    from persona_probe.screening.calibrate import Budget
     from persona_probe.screening.dosing import calibrate as run
     from persona_probe.steering.io import load_fix, save_fix
 
     usual = _USUAL[goal]
     op, unit = op or usual.op, unit or usual.unit
-    doses = numbers_of(levels or usual.levels, "--levels")
-    strengths, places = numbers_of(gains or usual.gains, "--gains"), positions.split(",")
+    doses = numbers_of(usual.levels if levels is None else levels, "--levels")
+    strengths = numbers_of(usual.gains if gains is None else gains, "--gains")
+    places = positions.split(",")
+    Budget(budget, kl_at_most=kl_budget)  # checked before anything is loaded
     asked = asked_of(questions, base, tuned, limit, tune)
     sampling = Sampling(temperature=temperature, samples=samples, max_new_tokens=max_new_tokens, seed=seed)
     edits: list[Intervention] = [] if fix is None else list(load_fix(fix))

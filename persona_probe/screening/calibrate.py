@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from persona_probe.errors import InputError
 from persona_probe.evaluation.answers import Answer
 from persona_probe.evaluation.drafts import drafted
 from persona_probe.evaluation.judges import Judge
@@ -129,16 +130,28 @@ def whole(rates: Rates) -> float:
 
 @dataclass(frozen=True)
 class Budget:
-    """What an edit may cost on the calibration questions."""
+    """What an edit may cost on the calibration questions. Raises `InputError` for what is no limit."""
 
     incoherent_at_most: float
+    """Share of incoherent answers."""
     skill_at_least: float = 0.0
     """Share of skill questions still answered right; not asked where there is none."""
+    kl_at_most: float | None = None
+    """Mean KL to the unsteered next token, nats; None: no limit."""
 
-    def allows(self, rates: Rates) -> bool:
-        """Whether an arm stayed within it."""
+    def __post_init__(self) -> None:
+        if not 0 <= self.incoherent_at_most <= 1:
+            raise InputError(
+                f"a budget is a share of incoherent answers, from 0 to 1; got {self.incoherent_at_most}"
+            )
+        if self.kl_at_most is not None and not self.kl_at_most >= 0:
+            raise InputError(f"a budget of KL must be from 0 nats, got {self.kl_at_most}")
+
+    def allows(self, rates: Rates, kl: float | None = None) -> bool:
+        """Whether an arm stayed within it; a `kl` that was not measured costs nothing."""
         kept = not rates["skill"].n or value(rates, "skill") >= self.skill_at_least
-        return kept and value(rates, "incoherent") <= self.incoherent_at_most
+        near = self.kl_at_most is None or kl is None or kl <= self.kl_at_most
+        return kept and near and value(rates, "incoherent") <= self.incoherent_at_most
 
 
 @dataclass(frozen=True, eq=False)

@@ -162,8 +162,10 @@ def calibrate(
     `budget` is the largest share of incoherent answers, `kl_budget` the largest mean KL to the
     unsteered next-token distribution (nats). `options` go to `sample`.
 
-    Raises `InputError` for a target without a site, and what `sample` and `load_judge` raise.
+    Raises `InputError` for a target without a site or a budget out of its range, and what `sample` and
+    `load_judge` raise.
     """
+    allowed = Budget(budget, kl_at_most=kl_budget)
     asked = load_judge(judge) if isinstance(judge, str) else judge
     template, own_level = _template(target, site, op, unit, scale, read)
     check_judge(asked, questions, trait)
@@ -191,8 +193,7 @@ def calibrate(
         moved = drift(lm, documents, [(edit,) for edit in edits]) if documents else [None] * len(edits)
         points: list[DosePoint] = []
         for dial, edit, result, kl in zip(some, edits, results, moved, strict=True):
-            cheap = kl_budget is None or kl is None or kl <= kl_budget
-            within = Budget(budget).allows(result.rates) and cheap
+            within = allowed.allows(result.rates, kl)
             points.append(DosePoint(edit, dial.level, dial.gain, dial.positions, result, kl, within))
         return points
 

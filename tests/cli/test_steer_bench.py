@@ -103,6 +103,13 @@ def test_export_writes_what_transformers_reads(fixes: dict[str, Path], tmp_path:
     assert (out / "manifest.json").stat().st_mtime_ns == before, "it was there already"
     refused("a cap is not a bias", "export", "--with", fixes["cap"], "--out", tmp_path / "cap")
     refused("not empty", "export", "--project-out", VILLAIN, "--out", out)
+    foreign = tmp_path / "mine"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("mine")
+    refused("something else", "export", "--project-out", VILLAIN, "--out", foreign, "--overwrite")
+    assert [file.name for file in foreign.iterdir()] == ["thesis.txt"]
+    read = ("--base", out, "--out", out, "--overwrite")
+    refused("is what is to be read", "export", "--project-out", VILLAIN, *read)
     projected = found("export", "--project-out", VILLAIN, "--out", out, "--overwrite")
     assert projected["layers"][0] == "embedding" and len(projected["layers"]) == 13
 
@@ -111,6 +118,15 @@ def test_bad_calls(fixes: dict[str, Path], tmp_path: Path) -> None:
     refused("one of them", "calibrate")
     refused("one of them", "calibrate", "--latent", VILLAIN, "--with", fixes["cap"])
     refused("--gains takes numbers", "calibrate", "--latent", VILLAIN, "--gains", "much")
+    refused("--gains takes numbers, got ''", "calibrate", "--latent", VILLAIN, "--gains", "")
+    for flag, value, said in (
+        ("--budget", "nan", "0 to 1; got nan"),
+        ("--budget", -1, "0 to 1; got -1"),
+        ("--kl-budget", "nan", "from 0 nats"),
+        ("--limit", 0, "greater than or equal to 1"),
+    ):
+        refused(said, "calibrate", "--latent", VILLAIN, flag, value, "--out", tmp_path / "no")
+        assert not (tmp_path / "no").exists()
     refused("--questions is missing", "calibrate", "--latent", VILLAIN, "--base", tmp_path)
     refused("--tuned needs --base", "sweep", VILLAIN, "--tuned", tmp_path)
     refused("a transfer needs", "transfer", "--tuned", "bad-health")

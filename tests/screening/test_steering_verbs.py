@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -104,6 +105,23 @@ def test_a_budget_that_nothing_meets_leaves_no_best(
     assert found.best is None and "none of 3 settings" in str(found)
     assert set(found.table["gain"]) == {1.0, 2.0, 3.0}  # it looked below the gentlest too
     assert not found.table["within_budget"].any()
+
+
+@pytest.mark.parametrize(
+    ("budget", "said"),
+    [
+        ({"budget": math.nan}, "from 0 to 1; got nan"),
+        ({"budget": -1.0}, "from 0 to 1; got -1"),
+        ({"budget": 1.5}, "from 0 to 1; got 1.5"),
+        ({"kl_budget": math.nan}, "from 0 nats, got nan"),
+        ({"kl_budget": -0.1}, "from 0 nats, got -0.1"),
+    ],
+)
+def test_a_budget_out_of_its_range_is_refused(
+    budget: dict[str, float], said: str, tuned: LanguageModel, sae: Dictionary, questions: list[Question]
+) -> None:
+    with pytest.raises(InputError, match=said):
+        calibrate(tuned, cap(sae), questions, "exact", **budget)
 
 
 def test_levels_in_a_unit_and_more_of_the_trait(
