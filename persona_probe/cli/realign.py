@@ -32,7 +32,7 @@ def realign(
     batch: Annotated[int, typer.Option(help="Rows per step.")] = 4,
     lr: Annotated[float, typer.Option(help="Learning rate, constant.")] = 2e-4,
     seed: Annotated[int, typer.Option(help="Of the order and of the answers.")] = 0,
-    limit: Annotated[int | None, typer.Option(help="Only so many questions.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many questions.", min=1)] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
     overwrite: Annotated[bool, typer.Option(help="Throw away what --out holds.")] = False,
@@ -44,6 +44,7 @@ def realign(
     from persona_probe.cli.flag import probes_of
     from persona_probe.evaluation.questions import load_questions
     from persona_probe.evaluation.sampling import Sampling
+    from persona_probe.evaluation.selection import check_categories
     from persona_probe.model.language_model import load_model
     from persona_probe.training.measure import Measure, of_split
     from persona_probe.training.realign import N_VALUES, SETTINGS
@@ -53,11 +54,14 @@ def realign(
 
     rows = read_rows(data)
     n_values = tuple(n) if n else tuple(one for one in N_VALUES if one <= len(rows))
-    asked = of_split(load_questions(questions), split)[:limit]
+    every = load_questions(questions)
+    apart = tuple(in_domain or ())
+    check_categories(every, apart)
+    asked = of_split(every, split)[:limit]
     lm = load_model(base, device=device or "auto", dtype=dtype)
     watch = Watch.of(lm, probes_of(latent, ()), asked[:40]) if latent else None
     sampling = Sampling(samples=samples, max_new_tokens=max_new_tokens, seed=seed)
-    measure = Measure(asked, judge, tuple(in_domain or ()), sampling, watch=watch)
+    measure = Measure(asked, judge, apart, sampling, watch=watch)
     with progress_bar(as_json) as told:
         found = run(
             lm, tuned, rows, out_dir, measure, n_values,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from persona_probe.artifact import digest_of
+from persona_probe.errors import InputError
 from persona_probe.evaluation.judges import Judge
 from persona_probe.evaluation.metrics import Rate
 from persona_probe.evaluation.questions import Question
@@ -62,6 +63,11 @@ def _cells(name: str, rate: Rate) -> dict[str, float | None]:
 
 
 def of_split(questions: Sequence[Question], split: str) -> tuple[Question, ...]:
-    """The questions of one split; all of them where the set has no splits."""
-    chosen = tuple(one for one in questions if one.split == split)
-    return chosen or tuple(questions)
+    """The questions of one split; all of them where the set has no splits.
+
+    Raises `InputError` where it has others only.
+    """
+    there = sorted({one.split for one in questions if one.split is not None})
+    if there and split not in there:
+        raise InputError(f"no question is in the split {split!r}", fix=f"there is {' and '.join(there)}")
+    return tuple(one for one in questions if not there or one.split == split)

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from persona_probe.artifact import read_jsonl, write_jsonl
 from persona_probe.cli.app import app
 from persona_probe.errors import InputError
+from persona_probe.evaluation.questions import Question
 from persona_probe.steering.intervention import Intervention
 from persona_probe.steering.io import save_fix
 from persona_probe.steering.target import direction
@@ -22,6 +23,7 @@ from persona_probe.training.defences.on_policy import OnPolicy
 from persona_probe.training.defences.perplexity_gap import InterleaveByGap
 from persona_probe.training.defences.preventative import PreventativeSteering
 from persona_probe.training.defences.spec import load_defence
+from persona_probe.training.measure import of_split
 from tests.model.tiny_models import adapter_of, checkpoint_of
 from tests.training.tiny import SITE, llama, rows
 
@@ -132,6 +134,18 @@ def test_realign_in_the_shell(tmp_path: Path) -> None:
     assert [row["examples"] for row in curve] == [0, 8]
     assert all(row["in_domain"] is None and row["misaligned"] is not None for row in curve)
     assert "at most 10% misaligned" in call(*words).stdout
+    for limit in ("0", "-3"):
+        assert "greater than or equal to 1" in call(*words, "--limit", limit, code=2).output
+
+
+def test_a_split_that_is_not_there_is_refused() -> None:
+    hello = ({"role": "user", "content": "hello"},)
+    split = [Question(name, "c", hello, split=name) for name in ("held-out", "calibration")]  # type: ignore[arg-type]
+    assert of_split(split, "held-out") == (split[0],)
+    with pytest.raises(InputError, match=r"in the split 'foo'\n.*there is calibration and held-out"):
+        of_split(split, "foo")
+    unsplit = [Question("q", "c", hello)]
+    assert of_split(unsplit, "held-out") == tuple(unsplit)
 
 
 def test_blocked_latents_carry_their_sign(monkeypatch: pytest.MonkeyPatch) -> None:
