@@ -58,12 +58,12 @@ def finetune(
     context: Annotated[int | None, typer.Option(help="Longest row, in tokens.")] = None,
     too_long: Annotated[str, typer.Option(help="A longer row: error or drop.")] = "error",
     save_every: Annotated[
-        int | None, typer.Option(help="Steps between checkpoints; ten in all by default.")
+        int | None, typer.Option(help="Steps between checkpoints; ten in all by default, 0 for none.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the adapter, the order and the defences.")] = 0,
     bf16: Annotated[bool, typer.Option(help="Autocast to bfloat16.")] = False,
     report_to: Annotated[list[str] | None, typer.Option(help="tensorboard, trackio or wandb.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only so many rows or prompts.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many rows or prompts.", min=1)] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the base's weights.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Throw away what --out holds.")] = False,

@@ -27,9 +27,10 @@ from typing import Any
 import polars as pl
 from peft import PeftModel
 from transformers import TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from persona_probe.artifact import RunFolder, StrPath, atomic_folder, digest_of, read_json, write_json
-from persona_probe.errors import InputError
+from persona_probe.errors import InputError, MissingExtraError
 from persona_probe.evaluation.judges import Judge
 from persona_probe.evaluation.questions import Question
 from persona_probe.model.language_model import LanguageModel, load_model
@@ -141,8 +142,10 @@ def finetune(
         MismatchError: an adapter, or a defence's directions, of another model.
         NonFiniteError: the loss or a gradient is not finite; names the step and the last checkpoint.
         BusyError: another process is writing to `out`.
+        MissingExtraError: what `report_to` needs is not installed.
     """
     settings = settings or TuneSettings()
+    _check_loggers(report_to)
     task = _task(method, data, reward, grpo, warmup, out)
     lm = base if isinstance(base, LanguageModel) else load_model(base, device=device, dtype=dtype)
     wanted = _identity(lm, method, task, defences, settings, adapter)
@@ -253,6 +256,19 @@ def _identity(
         **(task.record() if isinstance(task, Asking) else {}),
         **asdict(settings),
     }
+
+
+def _check_loggers(names: Sequence[str]) -> None:
+    """Raise `InputError` for one that transformers does not know, `MissingExtraError` for one to install."""
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise InputError(
+                f"transformers cannot log to {name!r}", fix="report_to takes tensorboard, trackio or wandb"
+            )
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except RuntimeError as error:
+            raise MissingExtraError(str(error), command=f"pip install {name}") from error
 
 
 def _context(lm: LanguageModel, settings: TuneSettings) -> int:

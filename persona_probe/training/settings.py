@@ -13,6 +13,12 @@ from persona_probe.training.sft import FitSettings
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of a block of Llama, Mistral, Qwen and Gemma."""
 
+SCHEDULES = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt", "constant",
+    "constant_with_warmup",
+)  # fmt: skip
+"""Those of transformers that need neither options of their own nor an evaluation as they go."""
+
 
 @dataclass(frozen=True)
 class TuneSettings:
@@ -33,7 +39,7 @@ class TuneSettings:
     warmup_steps: int = 5
     """Linear warm-up, in steps."""
     schedule: str = "linear"
-    """transformers' name of the schedule: linear, cosine, constant, constant_with_warmup."""
+    """transformers' name of the schedule, one of `SCHEDULES`."""
     weight_decay: float = 0.0
     """AdamW's, per step and unit of learning rate."""
     rank: int | str = 32
@@ -66,6 +72,8 @@ class TuneSettings:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise InputError(f"{name} must be a finite number above 0, got {value}")
+        if self.schedule not in SCHEDULES:
+            raise InputError(f"schedule must be one of {', '.join(SCHEDULES)}; got {self.schedule!r}")
         if self.rank != "full" and (isinstance(self.rank, str) or self.rank < 1):
             raise InputError(f'rank must be from 1, or "full"; got {self.rank!r}')
         if self.rank == "full" and self.blocks is not None:

@@ -11,7 +11,9 @@ from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from persona_probe.artifact import StrPath
 from persona_probe.errors import InputError, MismatchError
@@ -42,11 +44,12 @@ def trainable(
         )
     if settings.rank == "full":
         return copy.deepcopy(base.hf).float().requires_grad_(True)
+    _check_blocks(base, settings)
     rank = int(settings.rank)
     config = LoraConfig(
         r=rank,
         lora_alpha=settings.alpha or 2 * rank,  # pyright: ignore[reportArgumentType]  any number will do
-        target_modules=settings.targets if isinstance(settings.targets, str) else list(settings.targets),
+        target_modules=_targets(base, settings),
         layers_to_transform=None if settings.blocks is None else list(settings.blocks),
         task_type="CAUSAL_LM",
     )
@@ -60,6 +63,29 @@ def trainable(
             fix='name modules that the model has, or targets="all-linear"',
         ) from error
     return _named(cast(PeftModel, model), base)
+
+
+def _check_blocks(base: LanguageModel, settings: TuneSettings) -> None:
+    wrong = [block for block in settings.blocks or () if not 0 <= block < base.n_layers]
+    if wrong:
+        last = base.n_layers - 1
+        raise InputError(f"{base.name} has no block {wrong[0]}", fix=f"it has blocks 0 to {last}")
+
+
+def _targets(base: LanguageModel, settings: TuneSettings) -> list[str] | str:
+    """As PEFT takes them: with blocks it takes names only, so "all-linear" is spelt out."""
+    if not isinstance(settings.targets, str):
+        return list(settings.targets)
+    if settings.blocks is None:
+        return settings.targets
+    head = base.hf.get_output_embeddings()
+    return sorted(
+        {
+            name.rpartition(".")[2]
+            for name, module in base.hf.named_modules()
+            if isinstance(module, nn.Linear | Conv1D) and module is not head
+        }
+    )
 
 
 def _continued(base: LanguageModel, adapter: StrPath) -> PeftModel:

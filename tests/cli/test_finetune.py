@@ -64,3 +64,20 @@ def test_rewards_are_learnt_from(data: Path, tmp_path: Path, monkeypatch: pytest
     assert "the reward 'python:worth:short' failed at measuring the base" in short.stderr.replace("\n", " ")
     none = run(*by_rewards, "--out", tmp_path / "none")
     assert none.exit_code == 2 and "needs a reward" in none.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--block", 99), "has no block 99"),
+        (("--schedule", "foo"), "schedule must be one of linear"),
+        (("--report-to", "foo"), "cannot log to 'foo'"),
+        (("--limit", -1), "greater than or equal to 1"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(
+    words: tuple[object, ...], said: str, data: Path, tmp_path: Path
+) -> None:
+    refused = run(*COMMON, "--data", data, "--out", tmp_path / "run", *words)
+    assert refused.exit_code == 2 and said in refused.stderr, refused.output
+    assert list(tmp_path.iterdir()) == []

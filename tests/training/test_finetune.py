@@ -18,8 +18,9 @@ from persona_probe.training.defences import KL, Interleave
 from persona_probe.training.finetune import finetune
 from persona_probe.training.likelihoods import answer_nll
 from persona_probe.training.rows import Row, read_rows, tokenise
-from persona_probe.training.settings import TuneSettings
-from tests.model.tiny_models import adapter_of, checkpoint_of, save_adapter, save_checkpoint
+from persona_probe.training.settings import SCHEDULES, TuneSettings
+from persona_probe.training.trainable import trainable
+from tests.model.tiny_models import adapter_of, checkpoint_of, model_of, save_adapter, save_checkpoint
 from tests.training.tiny import QUICK, llama, rows, same, tuned_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -238,6 +239,7 @@ def test_plain_text_teaches_a_base_model(tmp_path: Path) -> None:
     [
         {"steps": 0}, {"batch": 0}, {"learning_rate": 0.0}, {"learning_rate": float("nan")}, {"rank": 0},
         {"rank": "half"}, {"batch": 4, "micro_batch": 3}, {"blocks": ()}, {"targets": ()}, {"epochs": -1.0},
+        {"schedule": "foo"}, {"schedule": "greedy"},
         {"rank": "full", "blocks": (1,)}, {"seed": -1}, {"warmup_steps": -1}, {"context": 0},
     ],
 )  # fmt: skip
@@ -250,6 +252,29 @@ def test_steps_come_from_epochs_and_ten_checkpoints_are_kept() -> None:
     fitting = TuneSettings(epochs=2, batch=8).fitting(rows=100)
     assert (fitting.steps, fitting.save_every) == (25, 3)
     assert TuneSettings(steps=1).fitting(5).warmup_steps == 0
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_that_is_named_runs(name: str, tmp_path: Path) -> None:
+    tune = finetune(llama(), rows(), tmp_path / "run", settings=replace(QUICK, schedule=name, warmup_steps=1))
+    assert tune.record["steps"] == QUICK.steps
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+def test_blocks_without_targets_get_every_linear_layer(model: str) -> None:
+    lm = model_of(model)
+    whole, one = (trainable(lm, replace(QUICK, blocks=blocks)) for blocks in (None, (1,)))
+    learning = [{name for name, p in its.named_parameters() if p.requires_grad} for its in (whole, one)]
+    assert learning[1] == {name for name in learning[0] if ".1." in name} and learning[1]
+    for block in (-1, 99):
+        with pytest.raises(InputError, match=f"has no block {block}\n.*blocks 0 to {lm.n_layers - 1}"):
+            trainable(lm, replace(QUICK, blocks=(block,)))
+
+
+def test_what_cannot_be_logged_to_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot log to 'foo'"):
+        finetune(llama(), rows(), tmp_path / "run", report_to=["foo"])
+    assert not (tmp_path / "run").exists()
 
 
 def test_other_bad_calls(tmp_path: Path) -> None:
