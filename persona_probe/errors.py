@@ -59,6 +59,10 @@ class NotFiredError(PersonaProbeError, RuntimeError):
     """A hook was attached and the model ran, but the hook was never reached or edited nothing."""
 
 
+class NothingSelectedError(NotFiredError, InputError):
+    """The hooks were reached, and no token was at the positions asked for."""
+
+
 class BusyError(PersonaProbeError, RuntimeError):
     """Another process holds the output folder."""
 

@@ -18,12 +18,14 @@ REFINES = {
     "MismatchError": ValueError,
     "NonFiniteError": ValueError,
     "NotFiredError": RuntimeError,
+    "NothingSelectedError": RuntimeError,
     "BusyError": RuntimeError,
     "DiskFullError": OSError,
     "JudgeError": RuntimeError,
     "MissingExtraError": ImportError,
 }
 INPUTS = {"InputError", "MissingPathError", "UnknownSiteError", "MismatchError", "NonFiniteError"}
+INPUTS |= {"NothingSelectedError"}
 
 
 def test_the_table_above_names_every_error() -> None:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from persona_probe.errors import NotFiredError
+from persona_probe.errors import NotFiredError, NothingSelectedError
 from persona_probe.steering.firing import Firing, moved
 
 _SELECTED, _EDITED, _CHANGED, _NORM = range(4)
@@ -167,8 +167,8 @@ class Receipt:
         return bool(self._sites) and self.tokens_changed == 0
 
     def check(self) -> None:
-        """Raise `NotFiredError` when a site was never reached, or none of its positions ever came
-        up.
+        """Raise `NotFiredError` when a site was never reached, `NothingSelectedError` (one of those) when
+        none of its positions ever came up.
         """
         for site, tally in self._tallies():
             if not tally.firings:
@@ -177,7 +177,7 @@ class Receipt:
                     fix="run the model that was given to steer, inside the block",
                 )
             if not float(tally.sums[_SELECTED].sum()):
-                raise NotFiredError(
+                raise NothingSelectedError(
                     f"nothing was steered at {site}: {tally.firings} forward passes, and no token "
                     f"at the positions asked for ({tally.edits})",
                     fix="check the positions against the rows' lengths",

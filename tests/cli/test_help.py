@@ -128,6 +128,7 @@ def run_raising(error: str, debug: str = "0") -> subprocess.CompletedProcess[str
         ("MissingExtraError.of('trl', 'train')", 2, "next: pip install 'persona-probe[train]'"),
         ("BusyError('in use')", 2, "error: in use"),
         ("NotFiredError('never reached')", 1, "error: never reached"),
+        ("NothingSelectedError('no token')", 2, "error: no token"),
         ("DiskFullError('full')", 1, "error: full"),
         ("ZeroDivisionError('oops')", 1, "internal error: ZeroDivisionError: oops"),
         ("KeyboardInterrupt", 130, "stopped; run the same command again to resume"),

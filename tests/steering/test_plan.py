@@ -7,7 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from persona_probe.errors import InputError, MismatchError, NotFiredError, UnknownSiteError
+from persona_probe.errors import (
+    InputError,
+    MismatchError,
+    NotFiredError,
+    NothingSelectedError,
+    UnknownSiteError,
+)
 from persona_probe.model import LanguageModel
 from persona_probe.steering import Condition, Intervention, Level, SteeringPlan, latents, steer
 from persona_probe.steering.target import direction
@@ -43,7 +49,7 @@ def test_nothing_fired_is_an_error(llama: LanguageModel) -> None:
     with pytest.raises(NotFiredError, match="no forward pass"), steer(llama, loud()):
         pass
     with (
-        pytest.raises(NotFiredError, match="no token at the positions"),
+        pytest.raises(NothingSelectedError, match="no token at the positions"),
         steer(llama, loud(positions=(50,))),
     ):
         logits(llama, {"input_ids": torch.tensor([[4, 5]])})
