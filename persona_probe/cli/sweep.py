@@ -39,11 +39,11 @@ def sweep(
         str, typer.Option(help="misaligned, or a persona that the judge can tell.")
     ] = "misaligned",
     out_dir: Annotated[Path | None, typer.Option("--out", help="Where everything goes.")] = None,
-    top: Annotated[int, typer.Option(help="Rows to show, the most of the trait first.")] = 20,
+    top: Annotated[int, typer.Option(help="Rows to show, the most of the trait first.", min=1)] = 20,
     temperature: Annotated[float, typer.Option(help="0: the most probable token each time.")] = 0.0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 32,
     batch_size: Annotated[int, typer.Option(help="Answers written at once.")] = 512,
-    limit: Annotated[int | None, typer.Option(help="Use only so many questions.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only so many questions.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="The same for all settings.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,

@@ -42,7 +42,7 @@ def timeline(
     mask: Annotated[
         str | None, typer.Option(help="Which tokens count: all, prompt, response, last_prompt, answer.")
     ] = None,
-    top: Annotated[int, typer.Option(help="Latents to show.")] = 10,
+    top: Annotated[int, typer.Option(help="Latents to show.", min=1)] = 10,
     max_new_tokens: Annotated[int, typer.Option(help="Of the base's answers to --questions.")] = 48,
     shard: Annotated[
         str | None, typer.Option(help="i/n: do this share of the work; auto under torchrun or Slurm.")
@@ -51,12 +51,12 @@ def timeline(
     ray_address: Annotated[
         str | None, typer.Option(help="host:port of a running Ray cluster, or auto; else one here.")
     ] = None,
-    actors: Annotated[int | None, typer.Option(help="Ray actors, a copy of the model each.")] = None,
+    actors: Annotated[int | None, typer.Option(help="Ray actors, a copy of the model each.", min=1)] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Padded tokens per forward pass.")] = None,
     too_long: Annotated[
         TooLong, typer.Option(help="What becomes of documents longer than the context.")
     ] = "truncate",
-    limit: Annotated[int | None, typer.Option(help="Only so many questions or documents.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many questions or documents.", min=1)] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
     overwrite: Annotated[bool, typer.Option(help="Throw away the results that --out holds.")] = False,

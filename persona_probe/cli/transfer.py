@@ -37,7 +37,7 @@ def transfer(
     samples: Annotated[int, typer.Option(help="Answers per question.", min=1)] = 1,
     temperature: Annotated[float, typer.Option(help="0: the most probable token each time.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 32,
-    limit: Annotated[int | None, typer.Option(help="Use only so many questions.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only so many questions.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="The same for all arms.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,

@@ -63,13 +63,14 @@ def load_judge(
         budget: the most that a model may be asked (`"2000"` calls) or cost (`"5usd"`); the spec's own
             comes second.
 
-    Raises `InputError`, with the nearest thing that would work, when there is no such judge.
+    Raises `InputError`, with the nearest thing that would work, when there is no such judge, and for a
+    budget that cannot be read.
     """
+    limit = Budget.parse(budget) if isinstance(budget, str) else budget
     kind, _, rest = SHORTHAND.get(spec, spec).partition(":")
     if kind == "python" and rest:
         return function_judge(spec, rest)
     if kind in ("openai", "local") and rest:
-        limit = Budget.parse(budget) if isinstance(budget, str) else budget
         return _model_judge(kind, rest, spec, record, limit)
     near = get_close_matches(kind.lower(), [*SHORTHAND, "python", "openai", "local"], n=1)
     if rest and (not near or near[0] in SHORTHAND):

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
-from persona_probe.errors import MismatchError
+from persona_probe.errors import InputError, MismatchError
 
 BINS_PER_OCTAVE = 2
 _LOWEST, _HIGHEST = -16, 16  # powers of two between which activations are told apart
@@ -75,6 +75,9 @@ class Examples:
     """What is kept of several latents of one dictionary while documents stream by."""
 
     def __init__(self, n_latents: int, *, top: int = 20, sampled: int = 400, seed: int = 0) -> None:
+        for name, size in {"top": top, "sampled": sampled}.items():
+            if size < 1:
+                raise InputError(f"{name} must be at least 1 document, got {size}")
         self.seed = seed
         self.tokens = 0
         self.documents = 0

@@ -45,6 +45,13 @@ def by_text(question: Question, text: str) -> object:
             return Judgement(aligned=90, coherent=95, note=question.id)
 
 
+@pytest.mark.parametrize("spec", ["exact", "python:persona_probe.organism.judge:judge", "openai:model"])
+@pytest.mark.parametrize("budget", ["foo", "-5"])
+def test_a_budget_that_cannot_be_read_is_refused(spec: str, budget: str) -> None:
+    with pytest.raises(InputError, match="a budget is a number of calls"):
+        load_judge(spec, budget=budget)
+
+
 def test_dicts_and_judgements_are_taken_and_the_rest_is_missing_with_a_reason() -> None:
     texts = ["ok", "dict", "none", "raise", "range", "nan", "text", "field", "bool", "label"]
     seen: list[tuple[int, int]] = []

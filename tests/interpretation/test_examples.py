@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from persona_probe.errors import InputError
 from persona_probe.interpretation.examples import N_PLACES, Examples, by_quantile, edges, priority
 
 LATENTS = 2
@@ -40,6 +42,12 @@ def same(one: Examples, other: Examples) -> None:
     for name in ("top", "firing", "silent"):
         for mine, theirs in zip(getattr(one, name), getattr(other, name), strict=True):
             assert [r.document for r in mine.readings()] == [r.document for r in theirs.readings()]
+
+
+@pytest.mark.parametrize("size", [{"top": -1}, {"top": 0}, {"sampled": 0}])
+def test_nothing_to_keep_is_refused(size: dict[str, int]) -> None:
+    with pytest.raises(InputError, match="must be at least 1 document, got"):
+        Examples(LATENTS, **size)
 
 
 @given(seed=st.integers(0, 999), n=st.integers(1, 25), data=st.data())
