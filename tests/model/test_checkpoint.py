@@ -158,7 +158,7 @@ def test_missing_weights_are_not_filled_with_random_numbers(base: Path) -> None:
 
 def test_a_truncated_file_and_unknown_settings(base: Path, adapter: Path) -> None:
     if not torch.cuda.is_available():
-        with pytest.raises(InputError, match="no device .cuda. here"):
+        with pytest.raises(InputError, match=r"no device .cuda. here"):
             load_model(base, device="cuda")
     with pytest.raises(InputError, match="no device 'gpu0'"):
         load_model(base, device="gpu0")
