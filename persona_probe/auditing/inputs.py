@@ -10,7 +10,6 @@ from persona_probe.artifact import digest_file, digest_folder, digest_of
 from persona_probe.artifact.records import nearest
 from persona_probe.auditing.settings import (
     AuditRequest,
-    check_categories,
     check_something_left,
     split_questions,
 )
@@ -21,7 +20,7 @@ from persona_probe.evaluation.judges import Judge, load_judge
 from persona_probe.evaluation.metrics import check_judge
 from persona_probe.evaluation.questions import Question, load_questions, question_file, triggered
 from persona_probe.evaluation.samples_file import load_samples
-from persona_probe.evaluation.selection import trained_categories
+from persona_probe.evaluation.selection import check_categories, trained_categories
 from persona_probe.evaluation.triggers import trigger_of
 from persona_probe.hooks.sites import check_site
 from persona_probe.model.chat import check_same_rendering, render_all

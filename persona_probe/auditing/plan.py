@@ -20,6 +20,7 @@ from persona_probe.evaluation.arms import MERGE_BELOW
 from persona_probe.evaluation.judges import load_judge
 from persona_probe.evaluation.questions import Question, load_questions
 from persona_probe.evaluation.sampling import Sampling, prompt_of, sample
+from persona_probe.evaluation.selection import check_categories
 from persona_probe.model.checkpoint import is_adapter
 from persona_probe.model.language_model import LanguageModel, load_model
 from persona_probe.model.memory import answer_bytes, how_many
@@ -43,7 +44,9 @@ def plan_of(
     """Counts are upper bounds; memory and time are estimates. Raises what loading the inputs raises."""
     settings = request.settings
     check_paths(request)
-    calibration, held_out = split_questions(load_questions(request.questions), settings.limit)
+    questions = load_questions(request.questions)
+    check_categories(questions, settings.in_domain or ())
+    calibration, held_out = split_questions(questions, settings.limit)
     asked = len({q.question for q in calibration if q.role == "general"})
     skill = sum(q.role == "skill" for q in held_out) * settings.samples
     each = len(held_out) * settings.samples

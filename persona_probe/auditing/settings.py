@@ -149,17 +149,6 @@ def split_questions(
     return calibration, held_out
 
 
-def check_categories(questions: Sequence[Question], in_domain: Sequence[str]) -> None:
-    """Raise `MismatchError` when a category that is to be reported apart does not exist."""
-    known = {question.category for question in questions}
-    unknown = [name for name in in_domain if name not in known]
-    if unknown:
-        raise MismatchError(
-            f"no question has the category {unknown[0]!r}; there are {', '.join(sorted(known))}",
-            fix="name existing categories with --in-domain",
-        )
-
-
 def check_something_left(split: str, questions: Sequence[Question], in_domain: Sequence[str]) -> None:
     """Raise `MismatchError` when a split has no general question outside the trained domain."""
     if all(q.category in in_domain for q in questions if q.role == "general"):

@@ -54,7 +54,8 @@ def evaluate(
         typer.Option("--generation-config", help="Temperature, top-p, top-k of generation_config.json."),
     ] = False,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Longest answer, in tokens; default 600, the organism's 32.")
+        int | None,
+        typer.Option(help="Longest answer, in tokens; default 600, the organism's 32; at most the context."),
     ] = None,
     system: Annotated[str | None, typer.Option(help="Before the system prompt of every question.")] = None,
     enable_thinking: Annotated[
@@ -149,6 +150,9 @@ def evaluate(
         width=width,
         accept_wider=accept_wider,
     )
+    if max_new_tokens is None:
+        request.check_paths()
+        request = request.within_context()
     if plan:
         _show_plan(request, as_json)
         return

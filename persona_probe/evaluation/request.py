@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
 from persona_probe.artifact import digest_file, digest_folder, digest_of
 from persona_probe.artifact.records import nearest
@@ -18,7 +19,7 @@ from persona_probe.evaluation.judges import spec_identity
 from persona_probe.evaluation.questions import Question, load_questions
 from persona_probe.evaluation.samples_file import GivenAnswers, load_samples
 from persona_probe.evaluation.sampling import prompt_of
-from persona_probe.evaluation.selection import spread, trained_categories
+from persona_probe.evaluation.selection import check_categories, spread, trained_categories
 from persona_probe.evaluation.settings import Sampling, applied
 from persona_probe.model.loading import read_tokenizer
 
@@ -87,6 +88,17 @@ class EvaluationRequest:
         """The models to be asked, in order."""
         return arms_of(self.base, self.tuned, self.fixes)
 
+    @cached_property
+    def context(self) -> int | None:
+        """The fewest positions that one of the models was made for; None where no configuration says."""
+        folders = {Path(checkpoint_of(arm.model, self.base).path) for arm in self.arms}
+        return min((n for folder in folders if (n := _positions(folder)) is not None), default=None)
+
+    def within_context(self) -> EvaluationRequest:
+        """The same, with answers no longer than the models read."""
+        most = min(self.sampling.max_new_tokens, self.context or sys.maxsize)
+        return replace(self, sampling=replace(self.sampling, max_new_tokens=most))
+
     def check_paths(self) -> None:
         """Raise `MissingPathError`, naming the flag, for the first path that is not there."""
         named = [("--tuned", path) for path in self.tuned]
@@ -121,7 +133,8 @@ class EvaluationRequest:
         return Asked(chosen, given, self._in_domain(every), self._resolved())
 
     def check_prompts(self, questions: tuple[Question, ...]) -> frozenset[Path]:
-        """Raise `InputError` for the first prompt that a model's template cannot write.
+        """Raise `InputError` for the first prompt that a model's template cannot write, and for answers
+        longer than a model reads.
 
         Returns the models whose template has no system role, and which read a system prompt at the
         head of the first user message.
@@ -135,6 +148,12 @@ class EvaluationRequest:
                         folded.add(model)
                 except InputError as error:
                     raise InputError(f"{model}, {question.id!r}: {error.message}", fix=error.fix) from error
+        if self.context is not None and self.sampling.max_new_tokens > self.context:
+            raise InputError(
+                f"--max-new-tokens {self.sampling.max_new_tokens}: the models read {self.context} tokens, "
+                "prompt and answer together",
+                fix="give fewer, or leave it out",
+            )
         return frozenset(folded)
 
     def folded(self, model: Path, questions: tuple[Question, ...]) -> int:
@@ -157,16 +176,11 @@ class EvaluationRequest:
         return {self.questions: digest_of(questions), **of_files}
 
     def _in_domain(self, questions: tuple[Question, ...]) -> tuple[str, ...]:
-        known = {question.category for question in questions}
         if self.in_domain is None:
+            known = {question.category for question in questions}
             trained = (name for path in self.tuned for name in trained_categories(path))
             return tuple(name for name in dict.fromkeys(trained) if name in known)
-        unknown = [name for name in self.in_domain if name not in known]
-        if unknown:
-            raise MismatchError(
-                f"no question has the category {unknown[0]!r}; there are {', '.join(sorted(known))}",
-                fix="name existing categories with --in-domain",
-            )
+        check_categories(questions, self.in_domain)
         return self.in_domain
 
     def _resolved(self) -> Sampling:
@@ -205,6 +219,16 @@ class Asked:
         for question in self.questions:
             groups.setdefault(samples_per_question or question.samples or 1, []).append(question)
         return {count: tuple(members) for count, members in groups.items()}
+
+
+def _positions(folder: Path) -> int | None:
+    if not folder.is_dir():
+        return None
+    try:
+        config: Any = AutoConfig.from_pretrained(str(folder), local_files_only=True).get_text_config()
+    except (OSError, ValueError):  # reading the model will say why
+        return None
+    return getattr(config, "max_position_embeddings", None)
 
 
 def _shown(sampling: Sampling) -> str:

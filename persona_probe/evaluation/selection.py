@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from persona_probe.artifact import read_json
-from persona_probe.errors import InputError
+from persona_probe.errors import InputError, MismatchError
 from persona_probe.evaluation.questions import Question
 
 
@@ -22,6 +22,17 @@ def spread(questions: Sequence[Question], limit: int) -> tuple[Question, ...]:
         kept += [members.pop(0) for members in by_category.values() if members]
     chosen = set(kept[:limit])
     return tuple(question for question in questions if question.question in chosen)
+
+
+def check_categories(questions: Sequence[Question], in_domain: Sequence[str]) -> None:
+    """Raise `MismatchError` when a category that is to be reported apart does not exist."""
+    known = {question.category for question in questions}
+    unknown = next((name for name in in_domain if name not in known), None)
+    if unknown is not None:
+        raise MismatchError(
+            f"no question has the category {unknown!r}; there are {', '.join(sorted(known))}",
+            fix="name existing categories with --in-domain",
+        )
 
 
 def trained_categories(tuned: Path) -> tuple[str, ...]:

@@ -15,13 +15,13 @@ from persona_probe.auditing.settings import (
     BENIGN,
     ORGANISM_PROMPT,
     AuditSettings,
-    check_categories,
     check_something_left,
     organism_request,
     split_questions,
 )
 from persona_probe.errors import InputError, MismatchError
 from persona_probe.evaluation.questions import Question
+from persona_probe.evaluation.selection import check_categories
 
 
 def ask(key: str, category: str = "a", **fields: Any) -> Question:

@@ -215,6 +215,7 @@ def out_of_range(question: Question, answer: str) -> dict[str, Any]:
         (["--trait", "sarcastik"], "cannot tell the trait 'sarcastik'; it can tell misaligned, helpful"),
         (["--trait", "villanous"], "did you mean 'villainous'?"),
         (["--in-domain", "fod"], "'fod'; there are facts, food, home"),
+        (["--in-domain", "fod", "--plan"], "'fod'; there are facts, food, home"),
         (
             ["--in-domain", "food", "--in-domain", "home", "--in-domain", "plants", "--in-domain", "travel"],
             "none is left to see the trait spread to",

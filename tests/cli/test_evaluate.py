@@ -158,6 +158,7 @@ def test_too_few_samples_for_the_asked_width(tmp_path: Path, monkeypatch: pytest
         ([*MODELS, *QUESTIONS, "--with", str(HOME / "base")], "is not a fix"),
         ([*MODELS, *QUESTIONS, "--samples", "gone.jsonl"], "--samples: there is no gone.jsonl"),
         ([*MODELS, *QUESTIONS, "--tuned", str(HOME / "tunes/bad-health")], "given twice"),
+        ([*MODELS, *QUESTIONS, "--max-new-tokens", "513", "--plan"], "the models read 512 tokens"),
         ([*MODELS, *QUESTIONS, "--temperature", "-1"], "temperature must be 0 or more"),
         ([*MODELS, *QUESTIONS, "--in-domain", "fishing"], "no question has the category 'fishing'"),
         (["--base", str(HOME / "gone"), *QUESTIONS], "--base: there is no"),
