@@ -20,12 +20,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args, overload
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from persona_probe.activations.document import Document, Problem, messages_of
 from persona_probe.activations.rows import Listed, Rows, blocks, open_rows
 from persona_probe.artifact import StrPath
-from persona_probe.errors import InputError, MismatchError
-from persona_probe.model.chat import Rendered, check_same_rendering, render
+from persona_probe.errors import InputError
+from persona_probe.model.chat import Rendered, check_same_ids, render
 from persona_probe.model.chat_template import Message
 from persona_probe.model.language_model import LanguageModel
 
@@ -206,17 +207,19 @@ class Conversations(Sequence[Rendered]):
 
         Raises `MismatchError` naming the first document that differs, and where.
         """
-        if lm.tokenizer is self._tokenizer:
+        self.check_tokenizer(lm.tokenizer)
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """The same of a tokenizer alone. Reads the documents again, unless it is the one they were
+        rendered with; rows that were left out are no matter.
+        """
+        if tokenizer is self._tokenizer:
             return
-        for found in self.documents:
-            if isinstance(found, Document):
-                try:
-                    check_same_rendering(self._tokenizer, lm.tokenizer, [found.messages])
-                except MismatchError as error:
-                    place = self.documents.rows.place(found.row)
-                    raise MismatchError(
-                        error.message.replace("conversation 0", place), fix=error.fix
-                    ) from error
+        for start in range(0, len(self), _BLOCK):
+            for i, row in enumerate(self.records(start, min(start + _BLOCK, len(self))), start):
+                if not self._starts[i]:  # one piece stands for the whole of a split document
+                    messages = messages_of(row, self.documents.field)
+                    check_same_ids(self._tokenizer, tokenizer, messages, self.place(i))
 
     def _take_index(self, bad: Bad) -> None:
         rows: list[int] = []

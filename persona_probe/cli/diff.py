@@ -214,7 +214,7 @@ def _of_pair(
     """
     from persona_probe.diffing.job import diff_by_shards
     from persona_probe.diffing.room import room_beside, settle
-    from persona_probe.diffing.shards import cut, shard_tokens
+    from persona_probe.diffing.shards import cut, lengths_of, shard_tokens
     from persona_probe.execution import Results, run_local
     from persona_probe.sae.load import check_fits
 
@@ -227,7 +227,7 @@ def _of_pair(
     together = not one_by_one if one_by_one is not None else room.together or not here
     facts = {
         "conversations": len(texts.rendered),
-        "tokens": sum(map(len, texts.rendered)),
+        "tokens": sum(lengths_of(texts.rendered)),
         "shards": len(cut(texts.rendered, texts.clusters, shard_tokens(holder[0].device, batch_tokens))),
         "models": 2 + len(benign),
         "read": "together" if together else "one after the other",

@@ -48,12 +48,12 @@ def read_texts(
     """Questions with the base's own greedy answers, or documents as they are.
 
     `others` are checkpoints whose tokenizer must give the same ids. Raises `InputError` for neither
-    and for both, `MismatchError` naming the first prompt that differs.
+    and for both, `MismatchError` naming the first document or question that differs.
     """
-    from persona_probe.activations.document import Document
     from persona_probe.activations.documents import read_documents
     from persona_probe.evaluation.questions import load_questions
     from persona_probe.evaluation.sampling import respond_greedy, transcripts
+    from persona_probe.model.chat import check_same_ids
 
     if (questions is None) == (data is None):
         raise InputError("give --questions or --data, one of them")
@@ -63,12 +63,17 @@ def read_texts(
         documents = read_documents(data, limit=limit)
         conversations = documents.conversations(lm, too_long=too_long)
         warn_of(conversations.reading)
-        check_tokenizers(lm, others, [row.messages for row in documents if isinstance(row, Document)])
+        check_tokenizers(others, conversations.check_tokenizer)
         return Texts(conversations, None, "data", mask_of(mask or "all"))
     asked = [question for question in load_questions(questions or "") if question.role == "general"][:limit]
     if not asked:
         raise InputError(f"{questions} has no general question to ask")
-    check_tokenizers(lm, others, [question.messages for question in asked])
+
+    def check(tokenizer: Any) -> None:
+        for question in asked:
+            check_same_ids(lm.tokenizer, tokenizer, question.messages, f"question {question.id}")
+
+    check_tokenizers(others, check)
     with err.status(f"{escape(lm.name)} answers {len(asked)} questions"):
         answers = respond_greedy(lm, asked, max_new_tokens=max_new_tokens)
     clusters = [question.question for question in asked]
@@ -82,16 +87,17 @@ def mask_of(kind: str) -> Any:
     return TokenMask(cast("Any", kind))
 
 
-def check_tokenizers(lm: Any, others: Sequence[Path], conversations: Sequence[Any]) -> None:
-    """Raise `MismatchError` for the first checkpoint that reads a prompt as other token ids."""
-    from persona_probe.model.chat import check_same_rendering
+def check_tokenizers(others: Sequence[Path], check: Callable[[Any], None]) -> None:
+    """`check` every tokenizer that one of the checkpoints has for itself: its `MismatchError` is raised
+    with the checkpoint's name.
+    """
     from persona_probe.model.checkpoint import describe, has_tokenizer
     from persona_probe.model.loading import read_tokenizer
 
     for path in others:
         if path.is_dir() and has_tokenizer(path):
             try:
-                check_same_rendering(lm.tokenizer, read_tokenizer(describe(path)), conversations)
+                check(read_tokenizer(describe(path)))
             except MismatchError as error:
                 raise MismatchError(f"{path}: {error.message}", fix=error.fix) from error
 

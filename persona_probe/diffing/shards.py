@@ -69,8 +69,7 @@ def cut(data: Sequence[Sized], clusters: Sequence[str] | None, tokens: int) -> l
     """
     if not len(data):
         raise InputError("nothing to read: give at least one conversation")
-    known: Any = getattr(data, "lengths", None)  # of data that is longer than memory
-    lengths: Sequence[int] = [len(one) for one in data] if known is None else known.tolist()
+    lengths = lengths_of(data)
     if clusters is None:
         members: Sequence[Sequence[int]] = [range(i, i + 1) for i in range(len(data))]
     else:
@@ -93,6 +92,12 @@ def cut(data: Sequence[Sized], clusters: Sequence[str] | None, tokens: int) -> l
             shards.append(_shard(len(shards), held))
             held, count = [], 0
     return [*shards, _shard(len(shards), held)] if held else shards
+
+
+def lengths_of(data: Sequence[Sized]) -> list[int]:
+    """Tokens of each conversation, without reading any where the data know them."""
+    known: Any = getattr(data, "lengths", None)  # of data that is longer than memory
+    return [len(one) for one in data] if known is None else known.tolist()
 
 
 def shard_tokens(device: torch.device, batch_tokens: int | None = None) -> int:

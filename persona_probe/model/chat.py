@@ -21,6 +21,9 @@ from transformers import PreTrainedTokenizerBase
 from persona_probe.errors import InputError, MismatchError
 from persona_probe.model.chat_template import Message, write_chat
 
+SHOWN_TEXT = 80
+"""Most characters of a conversation that an error repeats."""
+
 
 @dataclass(frozen=True)
 class Rendered:
@@ -153,24 +156,46 @@ def check_same_rendering(
 
     Raises `MismatchError` that shows the first difference.
     """
-    if base is tuned:
-        return
     for number, messages in enumerate(conversations):
-        ours, theirs = render(base, messages).ids, render(tuned, messages).ids
-        if ours == theirs:
-            continue
-        pairs = enumerate(zip(ours, theirs, strict=False))
-        position = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
-        shown = " and ".join(
-            f"{_around(tokenizer, ids, position)} ({name})"
-            for tokenizer, ids, name in ((base, ours, "base"), (tuned, theirs, "tuned"))
-        )
-        raise MismatchError(
-            f"base and tuned render conversation {number} to different token ids, first at "
-            f"position {position}: {shown}",
+        check_same_ids(
+            base,
+            tuned,
+            messages,
+            f"conversation {number}",
             fix="say which chat template both are to read (--template of audit, template= of load_pair): "
             "base, tuned, or a file",
         )
+
+
+def check_same_ids(
+    base: PreTrainedTokenizerBase,
+    tuned: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    name: str,
+    *,
+    fix: str = "copy the base's tokenizer files, its chat template among them, into the tuned folder (in "
+    "Python: load_pair(..., template=))",
+) -> None:
+    """Check that two tokenizers turn the conversation called `name` into the same token ids.
+
+    Raises `MismatchError` with that name, the text, and the tokens at which they part.
+    """
+    if base is tuned:
+        return
+    ours, theirs = render(base, messages).ids, render(tuned, messages).ids
+    if ours == theirs:
+        return
+    pairs = enumerate(zip(ours, theirs, strict=False))
+    position = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
+    shown = " and ".join(
+        f"{_around(tokenizer, ids, position)} ({whose})"
+        for tokenizer, ids, whose in ((base, ours, "base"), (tuned, theirs, "tuned"))
+    )
+    raise MismatchError(
+        f"base and tuned render {name} to different token ids, first at position {position}: {shown}; "
+        f"its text: {_beginning(messages)!r}",
+        fix=fix,
+    )
 
 
 def pad(
@@ -243,6 +268,11 @@ def _tokens_within(
     if last < len(ids) and ids[last] in closing and offsets[last][0] == end:
         last += 1
     return first, last
+
+
+def _beginning(messages: Sequence[Message]) -> str:
+    text = " / ".join(message.get("content") or message.get("text") or "" for message in messages)
+    return text if len(text) <= SHOWN_TEXT else f"{text[:SHOWN_TEXT]}…"
 
 
 def _around(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], position: int) -> str:

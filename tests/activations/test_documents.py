@@ -225,3 +225,25 @@ def test_a_tokenizer_that_differs_is_shown_with_its_document() -> None:
     found.check_same_ids(load_model(checkpoint_of("llama")))
     with pytest.raises(MismatchError, match="render document 1 to different token ids, first at position"):
         found.check_same_ids(other)
+    refusal = "{% if 'no' in messages[0].content %}{{ raise_exception('') }}{% endif %}"
+    fussy = tiny_tokenizer(f"{refusal}{lm.tokenizer.chat_template}")
+    lm = load_model(checkpoint_of("llama"), tokenizer=fussy)
+    refused = [{"role": "user", "content": "no"}]
+    kept = read_documents([refused, CHAT, "a text " * 200]).conversations(lm, too_long="split")
+    assert kept.reading.bad == 1 and len(kept) > 2
+    kept.check_same_ids(load_model(checkpoint_of("llama")))
+
+
+def test_a_dot_in_a_datasets_name_is_a_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked: list[str] = []
+
+    def load_dataset(name: str) -> Any:
+        asked.append(name)
+        return datasets.Dataset.from_list([{"text": "hello there"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert len(read_documents("someone/chats-2.5").rows) == 1
+    with pytest.raises(MissingPathError, match="there is no file or folder someone/chats.json"):
+        read_documents("someone/chats.json")
+    assert asked == ["someone/chats-2.5"]

@@ -14,13 +14,14 @@ from click.testing import Result
 from polars.testing import assert_frame_equal
 from typer.testing import CliRunner
 
+from persona_probe.activations import documents
 from persona_probe.artifact import write_jsonl
 from persona_probe.cli.app import app
 from persona_probe.diffing.latent_diff import LatentDiff
 from persona_probe.model.loading import read_weights
 from persona_probe.report.verification import verify
 from tests.diffing.conftest import SITE
-from tests.model.tiny_models import adapter_of, checkpoint_of, save_checkpoint
+from tests.model.tiny_models import adapter_of, checkpoint_of, model_of, save_checkpoint
 from tests.sae.sae_lens_peers import peer
 
 BASE, TUNED, OTHER = (
@@ -203,9 +204,14 @@ def test_what_does_not_go(words: tuple[str, ...], said: str, inputs: dict[str, s
     assert result.exit_code == 2 and said in result.stderr, result.output
 
 
+@pytest.mark.parametrize(
+    "words", [("diff", "--tuned"), ("timeline", "--checkpoints", OTHER, "--checkpoints")]
+)
+@pytest.mark.parametrize("kind", ["questions", "chats"])
 def test_a_tokenizer_that_differs_is_shown_at_its_first_prompt(
-    inputs: dict[str, str], tmp_path: Path
+    words: tuple[str, ...], kind: str, inputs: dict[str, str], tmp_path: Path
 ) -> None:
+    other = "{% if '0' not in messages[0].content %}!{% endif %}"  # the same for the first conversation
     shutil.copytree(TUNED, tmp_path / "tuned")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         source = Path(BASE) / name
@@ -213,13 +219,35 @@ def test_a_tokenizer_that_differs_is_shown_at_its_first_prompt(
             text = source.read_text()
             shutil.copyfile(source, tmp_path / "tuned" / name)
             if name.endswith("jinja"):
-                (tmp_path / "tuned" / name).write_text("!" + text)
+                (tmp_path / "tuned" / name).write_text(other + text)
     result = run(
-        "diff", "--base", BASE, "--tuned", str(tmp_path / "tuned"), "--sae", inputs["sae"],
-        "--questions", inputs["questions"], "--out", str(tmp_path / "out"),
+        *words, str(tmp_path / "tuned"), "--base", BASE, "--sae", inputs["sae"],
+        "--data" if kind == "chats" else "--questions", inputs[kind], "--out", str(tmp_path / "out"),
     )  # fmt: skip
     assert result.exit_code == 2, result.output
-    assert "render conversation 0 to different token ids" in result.stderr
+    name, text = {
+        "questions": ("question q1", "'how are you 1'"),
+        "chats": (f"{inputs['chats']}, line 2", "'hello 1 / I am well'"),
+    }[kind]
+    said = f"{tmp_path / 'tuned'}: base and tuned render {name} to different token ids, first at position 0: "
+    assert said in result.stderr and f"its text: {text}" in result.stderr
+    assert "into the tuned folder" in result.stderr and "--template" not in result.stderr
+
+
+def test_documents_are_not_read_again_where_no_tune_has_a_tokenizer(
+    inputs: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    render = documents.render
+    monkeypatch.setattr(documents, "render", lambda *given: read.append(1) or render(*given))
+    call = ("diff", "--base", BASE, "--tuned", TUNED, "--sae", inputs["sae"], "--data", inputs["chats"])
+    planned = run(*call, "--plan", "--json")
+    assert planned.exit_code == 0, planned.output
+    lm = model_of("llama")
+    rendered = documents.read_documents(inputs["chats"]).conversations(lm)
+    assert json.loads(planned.stdout)["tokens"] == sum(map(len, rendered))
+    # the plan counted them once; here they were counted, and read
+    assert len(read) == 6 + 6 + 6
 
 
 def test_overwriting_leaves_nothing_of_the_run_that_was_there(inputs: dict[str, str], tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from persona_probe.model import (
     render_text,
     takes_system,
 )
+from persona_probe.model.chat import check_same_ids
 from tests.model.tiny_models import (
     EOS,
     MARKED_TEMPLATE,
@@ -262,6 +263,10 @@ def test_different_renderings_are_shown() -> None:
     longer = tiny_tokenizer(PLAIN_TEMPLATE + "<|turn|>")
     with pytest.raises(MismatchError, match="the end"):
         check_same_rendering(PLAIN, longer, [[USER]])
+    long = [{"role": "user", "content": "word " * 100}]
+    with pytest.raises(MismatchError, match=r"render it to different.*its text: '(word ){16}…'") as named:
+        check_same_ids(PLAIN, longer, long, "it")
+    assert "--template" in str(caught.value) and "--template" not in str(named.value)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
