@@ -270,7 +270,8 @@ def show_diff(found: Any, n: int) -> None:
         else "described, not tested: give two or more --benign"
     )
     out.print(
-        f"{found.tokens:,} tokens of {found.conversations} conversations, {found.clusters} questions; "
+        f"{found.tokens:,} tokens of {found.conversations} conversations, {found.clusters} questions "
+        f"(left out: {found.special:,} special tokens, {found.sinks:,} sinks); "
         f"answers: {found.answers}; {said}\ndictionary: {found.validity.gate} ({found.validity.reason})",
         markup=False,
         soft_wrap=True,

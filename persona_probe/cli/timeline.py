@@ -165,6 +165,13 @@ def _show(found: Any, n: int) -> None:
         f"[bold]{escape(found.base)}[/bold] → {len(found.points)} {'checkpoints' if run else 'tunes'}; "
         f"benign band: {escape(', '.join(found.benign)) or 'none (give --benign)'}"
     )
+    counted = found.counted
+    out.print(
+        f"{counted.tokens:,} tokens of {counted.conversations} conversations (left out: {counted.special:,} "
+        f"special tokens, {counted.sinks:,} sinks)",
+        markup=False,
+        soft_wrap=True,
+    )
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("Δ from the base", no_wrap=True)
     for point in shown:

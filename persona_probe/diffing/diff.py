@@ -21,8 +21,8 @@ from persona_probe.activations.documents import conversations_of
 from persona_probe.activations.masks import TokenMask
 from persona_probe.activations.store import ActivationStore
 from persona_probe.diffing.latent_diff import LatentDiff, Missing
-from persona_probe.diffing.shards import Shard, ShardSums, cut, named, read_shard, shard_tokens
-from persona_probe.diffing.stored import StoredConversations, StoreOpening, check_store, names_of
+from persona_probe.diffing.shards import Counted, Shard, ShardSums, cut, named, read_shard, shard_tokens
+from persona_probe.diffing.stored import StoredConversations, StoreOpening, check_store, left_out_of, names_of
 from persona_probe.diffing.tally import Tally
 from persona_probe.errors import InputError, NonFiniteError
 from persona_probe.model.language_model import LanguageModel
@@ -121,7 +121,7 @@ def diff(
             )
         job = _of_store(models, dictionaries, clusters, sae_device)
         found = Differences(
-            dictionaries, job.names, "data", job.mask, confidence, limits, sinks=models.counts.sinks
+            dictionaries, job.names, "data", job.mask, confidence, limits, left_out=left_out_of(models)
         )
     else:
         if data is None:
@@ -220,9 +220,9 @@ class Differences:
         confidence: float = 0.95,
         limits: Limits | None = None,
         *,
-        sinks: int = 0,
+        left_out: Counted | None = None,
     ) -> None:
-        """`sinks` are those that were left out before anything is added."""
+        """`left_out` has the tokens that were left out before anything is added."""
         self._dictionaries = dictionaries
         self._models = tuple(models)
         self._answers = answers
@@ -230,12 +230,12 @@ class Differences:
         self._confidence = confidence
         self._limits = limits
         self._tallies = {one.site: Tally(len(models), one) for one in dictionaries}
-        self._sinks = sinks
+        self._counted = left_out or Counted()
 
     def add(self, *groups: ShardSums) -> None:
         """Take in one shard: of all models together, or of groups that were read one after another."""
         first = groups[0]
-        self._sinks += sum(map(len, first.sinks.values()))
+        self._counted += first.counted
         for site, tally in self._tallies.items():
             read = [sums for group in groups for sums in group.of(site)]
             tally.add(read, first.conversations, first.tokens, first.change.get(site))
@@ -262,6 +262,7 @@ class Differences:
             conversations=tally.conversations,
             clusters=tally.clusters,
             tokens=tally.tokens,
-            sinks=self._sinks,
+            special=self._counted.special,
+            sinks=self._counted.sinks,
             missing=tuple(missing),
         )

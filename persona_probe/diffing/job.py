@@ -16,7 +16,7 @@ from persona_probe.activations.store import ActivationStore
 from persona_probe.diffing.diff import Differences, check_sites
 from persona_probe.diffing.latent_diff import LatentDiff
 from persona_probe.diffing.passes import Engine, Reading, Source, name_of, pass_of, pass_of_store
-from persona_probe.diffing.stored import StoredConversations, check_store
+from persona_probe.diffing.stored import StoredConversations, check_store, left_out_of
 from persona_probe.errors import InputError
 from persona_probe.execution import Results, Share, run_local
 from persona_probe.model.chat import Rendered
@@ -104,7 +104,7 @@ def store_by_shards(
     one = pass_of_store(store, {each.site: each for each in dictionaries}, sae_device or "cpu")
     reading = Reading([one], StoredConversations(store), clusters, results)
     found = Differences(
-        dictionaries, one.names, "data", store.mask, confidence, limits, sinks=store.counts.sinks
+        dictionaries, one.names, "data", store.mask, confidence, limits, left_out=left_out_of(store)
     )
     return _results(reading, found, share, engine, progress)
 

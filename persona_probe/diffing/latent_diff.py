@@ -88,6 +88,10 @@ class LatentDiff:
     """Conversations with a counted token."""
     clusters: int
     tokens: int
+    special: int | None
+    """Tokens in the place that the mask names, left out as special; None for a diff that was saved before
+    they were counted.
+    """
     sinks: int
     """Tokens left out because of their norm."""
     missing: tuple[Missing, ...] = ()
@@ -147,6 +151,7 @@ class LatentDiff:
             "conversations": self.conversations,
             "clusters": self.clusters,
             "tokens": self.tokens,
+            "special": self.special,
             "sinks": self.sinks,
             "tested": self.tested,
             "missing": self.missing,
@@ -204,6 +209,7 @@ class LatentDiff:
             conversations=facts["conversations"],
             clusters=facts["clusters"],
             tokens=facts["tokens"],
+            special=facts.get("special"),
             sinks=facts["sinks"],
             missing=tuple(Missing(**one) for one in facts["missing"]),
         )

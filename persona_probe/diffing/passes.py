@@ -48,7 +48,7 @@ from persona_probe.sae.load import Dictionary, check_fits
 Source = LanguageModel | str | Path
 """A model, or the folder of a checkpoint or adapter, loaded when it is needed."""
 
-FORMAT = 1
+FORMAT = 2
 """Of the files; part of their names."""
 
 Engine = Callable[[Sequence[Task], Callable[[], Worker], Results, Callable[[int], None] | None], Done]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -105,6 +105,23 @@ def shard_tokens(device: torch.device, batch_tokens: int | None = None) -> int:
     return SHARD_BATCHES * batch_tokens_for(device, batch_tokens)
 
 
+@dataclass(frozen=True)
+class Counted:
+    """What went into a result, and what was left out of it."""
+
+    conversations: int = 0
+    """With a counted token."""
+    tokens: int = 0
+    """That count: under the mask, neither special nor sinks."""
+    special: int = 0
+    """Tokens in the place that the mask names, left out as special."""
+    sinks: int = 0
+    """Tokens left out because of their norm."""
+
+    def __add__(self, more: Counted) -> Counted:
+        return Counted(*(a + b for a, b in zip(astuple(self), astuple(more), strict=True)))
+
+
 @dataclass(frozen=True, eq=False)
 class ShardSums:
     """What a group of models, read together, left of one shard."""
@@ -120,6 +137,14 @@ class ShardSums:
     """For the first two models, by site: sum over tokens of the squared length of how far the
     activation moved, and of how far what the dictionary leaves unexplained moved.
     """
+    special: int = 0
+    """Tokens left out as special; none where they were left out before, as from a store."""
+
+    @property
+    def counted(self) -> Counted:
+        """Conversations and tokens that count, and tokens that were left out."""
+        sinks = sum(map(len, self.sinks.values()))
+        return Counted(int(self.conversations.sum()), self.tokens, self.special, sinks)
 
     def of(self, site: str) -> list[ClusterSums]:
         """Every model's sums at one site."""
@@ -150,7 +175,13 @@ def read_shard(
         if any(any(mask.select(one, special)) for one in conversations)
         else ()
     )
-    return add_up(chunks, len(models), models[0].d_model, dictionaries, shard.clusters, leave_out)
+    sums = add_up(chunks, len(models), models[0].d_model, dictionaries, shard.clusters, leave_out)
+    whole = replace(mask, first_k=None, skip_first=0)
+    covered, kept = (
+        sum(sum(each.select(one, special)) for one in conversations)
+        for each in (replace(whole, drop_special=False), whole)
+    )
+    return replace(sums, special=covered - kept)
 
 
 @torch.no_grad()
@@ -208,7 +239,12 @@ def pack(read: ShardSums) -> bytes:
     tensors = {"conversations": read.conversations}
     for (model, site), sums in read.sums.items():
         tensors |= {f"{model}|{site}|{name}": tensor.contiguous() for name, tensor in sums.tensors()}
-    facts = {"tokens": read.tokens, "sinks": list(read.sinks.items()), "change": read.change}
+    facts = {
+        "tokens": read.tokens,
+        "special": read.special,
+        "sinks": list(read.sinks.items()),
+        "change": read.change,
+    }
     return save(tensors, {"facts": json.dumps(facts)})
 
 
@@ -228,6 +264,7 @@ def unpack(data: bytes) -> ShardSums:
         sinks={document: positions for document, positions in facts["sinks"]},
         sums={key: ClusterSums(**parts[key]) for key in sorted(parts)},
         change={site: (a, b) for site, (a, b) in facts["change"].items()},
+        special=facts["special"],
     )
 
 

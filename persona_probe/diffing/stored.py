@@ -20,7 +20,7 @@ import torch
 
 from persona_probe.activations.store import ActivationStore
 from persona_probe.activations.stream import Chunk, batch_tokens_for
-from persona_probe.diffing.shards import ShardSums, add_up, pack
+from persona_probe.diffing.shards import Counted, ShardSums, add_up, pack
 from persona_probe.errors import MismatchError, NonFiniteError
 from persona_probe.execution import Worker
 from persona_probe.sae.load import Dictionary
@@ -157,6 +157,11 @@ def _chunk(
                 f"conversation {index}, token {int(positions[token])}"
             )
     return Chunk(documents, positions, activations, sinks=0)
+
+
+def left_out_of(store: ActivationStore) -> Counted:
+    """The tokens that its capture left out, which no shard's sums know of."""
+    return Counted(special=store.counts.special, sinks=store.counts.sinks)
 
 
 def names_of(store: ActivationStore) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from persona_probe.artifact import StrPath, read_json
 from persona_probe.artifact.records import nearest
 from persona_probe.diffing.means import MeanSums
 from persona_probe.diffing.passes import Engine, Reading, Source, name_of, pass_of
+from persona_probe.diffing.shards import Counted
 from persona_probe.diffing.tally import Tally
 from persona_probe.diffing.trajectory import Point, Probe, Timeline, direction_rows, latent_rows
 from persona_probe.errors import InputError, MissingPathError
@@ -97,17 +98,18 @@ def timeline(
         reading.check_any()
         reading.check_finished()
         every = range(1 + len(points), len(passes))
-        tables = [
+        read = [
             _at(point, [0, 1 + i, *every], reading, dictionaries, followed, width, confidence)
             for i, point in enumerate(points)
         ]
     return Timeline(
-        table=pl.concat(tables),
+        table=pl.concat(table for table, _ in read),
         points=tuple(points),
         base=name,
         benign=tuple(map(name_of, benign)),
         mask=mask,
         confidence=confidence,
+        counted=read[0][1],
         missing=reading.missing,
     )
 
@@ -120,13 +122,17 @@ def _at(
     directions: Mapping[str, Probe],
     width: int,
     confidence: float,
-) -> pl.DataFrame:
-    """The rows of one point; `passes` are the base's, its own and the benign tunes'."""
+) -> tuple[pl.DataFrame, Counted]:
+    """The rows of one point, and what they were measured on, which is the same for all; `passes` are the
+    base's, its own and the benign tunes'.
+    """
+    counted = Counted()
     tallies = [Tally(len(passes), one) for one in dictionaries]
     means = {probe.site: MeanSums(len(passes), width) for probe in directions.values()}
     for _, groups in reading.shards():
         own = [groups[i] for i in passes]
         base = own[0]
+        counted += base.counted
         for one, tally in zip(dictionaries, tallies, strict=True):
             tally.add([group.of(one.site)[0] for group in own], base.conversations, base.tokens, None)
         for site, sums in means.items():
@@ -137,12 +143,13 @@ def _at(
     if directions:
         found = {site: sums.means(site) for site, sums in means.items()}
         tables.append(direction_rows(directions, found, confidence))
-    return pl.concat(tables).select(
+    rows = pl.concat(tables).select(
         pl.lit(point.name).alias("point"),
         pl.lit(point.step, dtype=pl.Int64).alias("step"),
         pl.lit(point.loss, dtype=pl.Float64).alias("loss"),
         pl.all(),
     )
+    return rows, counted
 
 
 def points_of(checkpoints: StrPath | Mapping[int, Source] | Mapping[str, Source]) -> list[Point]:

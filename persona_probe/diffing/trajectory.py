@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +18,7 @@ from persona_probe.artifact import atomic_folder, versions, write_json, write_te
 from persona_probe.diffing.latent_diff import Missing
 from persona_probe.diffing.means import SiteMeans
 from persona_probe.diffing.passes import Source
+from persona_probe.diffing.shards import Counted
 from persona_probe.diffing.tally import Tally, t_quantile
 from persona_probe.errors import InputError
 from persona_probe.figures import trajectories
@@ -74,6 +75,8 @@ class Timeline:
     benign: tuple[str, ...]
     mask: TokenMask
     confidence: float
+    counted: Counted
+    """What every point was measured on."""
     missing: tuple[Missing, ...] = ()
     """Shards that are not in it."""
 
@@ -155,6 +158,7 @@ class Timeline:
             "benign": self.benign,
             "mask": self.mask,
             "confidence": self.confidence,
+            **asdict(self.counted),
             "missing": self.missing,
             "versions": versions(),
         }

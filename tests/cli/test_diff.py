@@ -62,6 +62,7 @@ def test_diff_of_questions(inputs: dict[str, str], tmp_path: Path) -> None:
             "--questions", inputs["questions"], "--max-new-tokens", "5", "--out", str(out))  # fmt: skip
     result = run(*call, "--top", "3")
     assert result.exit_code == 0, result.output
+    assert "(left out: 0 special tokens, 0 sinks)" in result.stdout
     assert "llama → llama-lora-1" in result.stdout and "described, not tested" in result.stdout
     assert sum(line.startswith("#") for line in result.stdout.splitlines()) == 3
     found = LatentDiff.load(out / SITE)
@@ -154,6 +155,9 @@ def test_timeline_of_a_run(inputs: dict[str, str], tmp_path: Path) -> None:
     result = run(*call, "--shard", "0/2")
     assert result.exit_code == 0, result.output
     assert "step 10" in result.stdout and "2 checkpoints" in result.stdout
+    told = json.loads((tmp_path / "out/timeline/timeline.json").read_text())
+    said = f"{told['tokens']} tokens of 6 conversations (left out: {told['special']} special tokens, 0 sinks)"
+    assert said in result.stdout and told["special"] > 0
     assert (tmp_path / "out/timeline/timeline.html").is_file()
     assert len(pl.read_parquet(tmp_path / "out/timeline/timeline.parquet")) == 40
     assert verify(tmp_path / "out").holds

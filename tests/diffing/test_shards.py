@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persona_probe.activations.masks import TokenMask
-from persona_probe.diffing.shards import cut, pack, read_shard, unpack
+from persona_probe.diffing.shards import Counted, cut, pack, read_shard, unpack
 from persona_probe.model import ModelPair
 from persona_probe.model.chat import Rendered
 from tests.diffing.conftest import SITE, random_dictionary
@@ -41,6 +41,8 @@ def test_what_is_packed_is_unpacked_bit_for_bit(pair: ModelPair, texts: list[Ren
     assert pack(again) == pack(read)
     assert torch.equal(again.conversations, read.conversations)
     assert (again.tokens, again.sinks, again.change) == (read.tokens, read.sinks, read.change)
+    whole = sum(map(len, texts))
+    assert again.counted == read.counted == Counted(11, whole - 5, special=5)
     for key, sums in read.sums.items():
         for name, tensor in sums.tensors():
             assert torch.equal(getattr(again.sums[key], name), tensor), name

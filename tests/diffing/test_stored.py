@@ -49,9 +49,9 @@ def test_a_store_gives_what_the_models_give(
         assert_frame_equal(
             found.table.sort("index"), read.table.sort("index"), rel_tol=1e-4, abs_tol=1e-6
         )  # another batch rounds otherwise
-        assert (found.tokens, found.conversations, found.clusters, found.sinks, found.models) == (
-            read.tokens, read.conversations, read.clusters, read.sinks, read.models,
-        )  # fmt: skip
+        same = ("tokens", "conversations", "clusters", "special", "sinks", "models")
+        assert [getattr(found, name) for name in same] == [getattr(read, name) for name in same]
+        assert read.special == store.counts.special == 5  # an end of turn after every second answer
         torch.testing.assert_close(found.means.mean, read.means.mean, rtol=1e-5, atol=1e-6)
         assert found.validity.change_inside == pytest.approx(read.validity.change_inside, rel=1e-4)
 

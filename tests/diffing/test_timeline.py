@@ -140,11 +140,17 @@ def test_a_timeline_reads_only_what_it_has_not_read(
     assert {file: file.stat().st_mtime_ns for file in files} == files and len(list(tmp_path.iterdir())) == 3
 
 
-def test_it_is_saved_plotted_and_shown(found: Timeline, tmp_path: Path) -> None:
+def test_it_is_saved_plotted_and_shown(
+    found: Timeline, base: LanguageModel, texts: list[Rendered], clusters: list[str], tmp_path: Path
+) -> None:
     found.save(tmp_path / "line")
     assert pl.read_parquet(tmp_path / "line/timeline.parquet").equals(found.table)
     facts = json.loads((tmp_path / "line/timeline.json").read_text())
     assert [point["step"] for point in facts["points"]] == [10, 20, 30]
+    same = ("conversations", "tokens", "special", "sinks")
+    of_diff = diff(ModelPair(base, base.with_adapter(adapter_of("llama", 1))), SAE, texts, clusters).summary()
+    assert {name: facts[name] for name in same} == {name: of_diff[name] for name in same}
+    assert facts["special"] == 5
     assert "plotly" in (tmp_path / "line/timeline.html").read_text()
     drawn = found.plot(3)
     named = [trace.name for trace in drawn.data if trace.name]
