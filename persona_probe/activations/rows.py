@@ -25,6 +25,8 @@ _BLOCK_BYTES = 1 << 24
 _TABLES = {".parquet"}
 _JSON = {".jsonl", ".ndjson"}
 _TEXT = {".txt", ".text", ".md"}
+_FILES = {*_TABLES, *_JSON, *_TEXT, ".json", ".csv", ".tsv", ".arrow", ".gz", ".zip", ".zst"}
+"""What the name of a dataset on the hub does not end with."""
 _SAVED = ("dataset_info.json", "dataset_dict.json")
 
 
@@ -217,7 +219,9 @@ def _saved_dataset(path: Path, split: str) -> Rows:
 
 def _from_hub(name: str, split: str) -> Rows:
     missing = f"there is no file or folder {name}"
-    if name.count("/") > 1 or name.startswith((".", "/", "~")) or glob.has_magic(name) or Path(name).suffix:
+    # not any suffix: a dot may be of a version
+    a_path = name.startswith((".", "/", "~")) or Path(name).suffix.lower() in _FILES
+    if a_path or name.count("/") > 1 or glob.has_magic(name):
         raise MissingPathError(missing, fix=nearest(Path(name).expanduser()))
     try:
         import datasets

@@ -42,6 +42,7 @@ from persona_probe.execution import Done, Failure, Results, Share, Task, Unfinis
 from persona_probe.model.chat import Rendered
 from persona_probe.model.checkpoint import describe, is_adapter
 from persona_probe.model.language_model import LanguageModel, load_model
+from persona_probe.model.loading import device_of
 from persona_probe.model.pair import load_pair
 from persona_probe.sae.load import Dictionary, check_fits
 
@@ -135,13 +136,15 @@ def pass_of(
     settings = {
         "format": FORMAT,
         "versions": [metadata.version(name) for name in ("persona-probe", "torch", "transformers")],
-        "models": [weights_of(base), *map(weights_of, models)],
+        "models": [weights_of(one, device, dtype) for one in (base, *models)],
         "dictionaries": {site: None if one is None else one.digest for site, one in dictionaries.items()},
         "mask": asdict(mask),
         "batch_tokens": batch_tokens_for(device, batch_tokens),
         "device": [device.type, sae_device],
         "dtype": dtype,
     }
+    if sae_device is not None:
+        device_of(sae_device)
     opening = Opening(base, tuple(models), dictionaries, mask, batch_tokens, str(device), dtype, sae_device)
     size = shard_tokens(device, batch_tokens)
     return Pass(tuple(map(name_of, models)), digest_of(settings), size, opening)
@@ -166,14 +169,17 @@ def name_of(source: Source) -> str:
     return source.name if isinstance(source, LanguageModel) else Path(source).resolve().name
 
 
-def weights_of(source: Source) -> str:
-    """A digest of a model's files; of its tensors where it has none."""
+def weights_of(source: Source, device: torch.device, dtype: str | None) -> str:
+    """A digest of a model's files and of the type they are read in; of its tensors where it has no files.
+    A folder and the model read from it have the same.
+    """
     if isinstance(source, str | Path):
         folder = Path(source)
-        return digest_folder(folder) if is_adapter(folder) else describe(source).digest
+        read_in = dtype or ("float32" if device.type == "cpu" else "auto")
+        return digest_folder(folder) if is_adapter(folder) else digest_of([describe(source).digest, read_in])
     merged = source.peft is None and source.checkpoint.adapter is not None
     if Path(source.checkpoint.path).is_dir() and not merged:
-        return digest_of([source.checkpoint.digest, str(source.dtype)])
+        return digest_of([source.checkpoint.digest, str(source.dtype).removeprefix("torch.")])
     found = hashlib.sha256()
     for name, tensor in source.hf.state_dict().items():
         found.update(name.encode())

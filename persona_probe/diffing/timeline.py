@@ -19,6 +19,8 @@ from pathlib import Path
 
 import polars as pl
 
+from persona_probe.activations.capture_plan import Data
+from persona_probe.activations.documents import conversations_of
 from persona_probe.activations.masks import TokenMask
 from persona_probe.artifact import StrPath, read_json
 from persona_probe.artifact.records import nearest
@@ -29,7 +31,6 @@ from persona_probe.diffing.tally import Tally
 from persona_probe.diffing.trajectory import Point, Probe, Timeline, direction_rows, latent_rows
 from persona_probe.errors import InputError, MissingPathError
 from persona_probe.execution import Results, Share, run_local
-from persona_probe.model.chat import Rendered
 from persona_probe.model.checkpoint import is_adapter
 from persona_probe.model.language_model import LanguageModel, load_model
 from persona_probe.sae.load import Dictionary, check_fits
@@ -39,7 +40,7 @@ def timeline(
     base: Source,
     checkpoints: StrPath | Mapping[int, Source] | Mapping[str, Source],
     sae: Dictionary | Sequence[Dictionary] = (),
-    rendered: Sequence[Rendered] = (),
+    data: Data = (),
     clusters: Sequence[str] | None = None,
     *,
     directions: Mapping[str, Probe] | None = None,
@@ -49,6 +50,7 @@ def timeline(
     batch_tokens: int | None = None,
     device: str = "auto",
     dtype: str | None = None,
+    sae_device: str | None = None,
     cache: StrPath | None = None,
     share: Share | None = None,
     engine: Engine = run_local,
@@ -59,11 +61,13 @@ def timeline(
     Args:
         checkpoints: a Trainer's output folder (its `checkpoint-*`, with the loss where it was logged),
             models by step, or unrelated fine-tunes by name.
-        rendered: prompts with answers; every model reads these ids.
+        data: prompts with answers, rendered, as chats, or as `read_documents` has them; every model
+            reads the same ids.
         clusters: the question each belongs to (each its own, by default): the sampling unit.
         directions: by name.
         benign: harmless fine-tunes of the same base: the band (see `Timeline`).
         mask: which tokens count; by default the last prompt token and the answer.
+        sae_device: where the dictionaries are; by default where the models are.
         cache: a folder for what each pass leaves; by default one that is thrown away.
         share: which shards to do, where several processes share `cache`.
         engine: where the passes run; a model that is not this process's to load must be a folder.
@@ -84,6 +88,7 @@ def timeline(
     first = base if isinstance(base, LanguageModel) else load_model(base, device=device, dtype=dtype)
     for one in dictionaries:
         check_fits(one, first)
+    rendered = conversations_of(first, data)
     mask = mask or TokenMask("answer")
     tunes: list[Source] = [*(point.model for point in points), *benign]
     here = engine is run_local and any(isinstance(one, LanguageModel) or is_adapter(one) for one in tunes)
@@ -91,7 +96,10 @@ def timeline(
     shared: Source = first if here or isinstance(base, LanguageModel) else base
     kind, width, name = first.device, first.d_model, first.name
     del first
-    passes = [pass_of(shared, [model], sites, mask, batch_tokens, kind, dtype) for model in (shared, *tunes)]
+    passes = [
+        pass_of(shared, [model], sites, mask, batch_tokens, kind, dtype, sae_device)
+        for model in (shared, *tunes)
+    ]
     with tempfile.TemporaryDirectory(prefix="persona-probe-") as thrown_away:
         reading = Reading(passes, rendered, clusters, Results(cache or thrown_away))
         reading.run(share, engine, progress)

@@ -98,6 +98,8 @@ class _Pool:
         progress: Callable[[int], None] | None,
     ) -> Done:
         ray = self._ray
+        # Ray's monitor of memory ends an actor with an error of its own
+        lost = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError)
         waiting = iter(tasks)
         computed = found = 0
         failures: list[Failure] = []
@@ -124,7 +126,8 @@ class _Pool:
             actor, task, attempt = running.pop(ready[0])
             try:
                 result = ray.get(ready[0])
-            except ray.exceptions.RayActorError as error:
+            except lost as error:
+                ray.kill(actor)  # it may hold its CPU still
                 if attempt == ATTEMPTS:
                     raise PersonaProbeError(
                         f"shard {task.number} ended {ATTEMPTS} Ray actors: {str(error).splitlines()[0]}",

@@ -78,8 +78,11 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids have to be: the device of the embedding."""
-        return cast(nn.Embedding, self.hf.get_input_embeddings()).weight.device
+        """Where token ids have to be: the device that the embedding computes on."""
+        embedding = cast(nn.Embedding, self.hf.get_input_embeddings())
+        # of weights that are fetched only when they are needed, accelerate knows where to
+        offloaded = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+        return embedding.weight.device if offloaded is None else torch.device(offloaded)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -286,14 +289,16 @@ def load_model(
 
     Raises:
         MissingPathError: there is no such folder.
-        InputError: it is no whole checkpoint, or has no tokenizer.
+        InputError: it is no whole checkpoint, has no tokenizer, or is in memory and not as is asked for.
         MismatchError: adapter or tokenizer belong to another model.
     """
     if isinstance(source, LanguageModel):
+        _check_as_it_is(source.hf, revision, device, dtype, device_map)
         return source if adapter is None else source.with_adapter(adapter)
     if isinstance(tokenizer, str | Path):
         tokenizer = read_tokenizer(describe(tokenizer))
     if isinstance(source, PreTrainedModel | PeftModel):
+        _check_as_it_is(source, revision, device, dtype, device_map)
         return _from_memory(source, tokenizer, adapter)
     checkpoint = resolve(source, revision)
     if adapter is not None:
@@ -310,6 +315,29 @@ def load_model(
     if checkpoint.adapter is None:
         return loaded
     return loaded._adapted(checkpoint.adapter, checkpoint.name, shared=False)  # pyright: ignore[reportPrivateUsage]
+
+
+def _check_as_it_is(
+    model: nn.Module,
+    revision: str | None,
+    device: str | torch.device,
+    dtype: str | torch.dtype | None,
+    device_map: object,
+) -> None:
+    """A model in memory is taken as it is: raise `InputError` where something else is asked for."""
+    there = next(model.parameters())
+    said: dict[str, object] = {"revision": revision, "device_map": device_map}
+    if device != "auto" and torch.device(device).type != there.device.type:
+        said["device"] = device
+    if dtype is not None and str(dtype).removeprefix("torch.") != str(there.dtype).removeprefix("torch."):
+        said["dtype"] = dtype
+    for name, value in said.items():
+        if value is not None:
+            raise InputError(
+                f"a model in memory is taken as it is ({there.dtype} on {there.device}), "
+                f"not with {name}={value}",
+                fix="move or convert it before, or give the folder that it came from",
+            )
 
 
 def _from_memory(

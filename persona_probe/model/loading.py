@@ -85,7 +85,7 @@ def read_weights(
     Raises `InputError` for a checkpoint that cannot be read or lacks some of its weights.
     """
     target = device_of(device)
-    on_cpu = device_map is None and target.type == "cpu"
+    on_cpu = target.type == "cpu"
     options: dict[str, Any] = {"device_map": device_map} if device_map is not None else {}
     if not Path(checkpoint.path).is_dir():
         options["revision"] = checkpoint.revision

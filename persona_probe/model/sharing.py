@@ -71,6 +71,11 @@ def inject(model: PreTrainedModel, adapter: str | Path, *, shared: bool) -> Peft
             fix="load it by itself, on a copy of its own: load_model(ADAPTER)",
         )
     weights = list(model.parameters())
+    if any(weight.is_meta for weight in weights):
+        raise InputError(
+            f"the adapter {adapter} cannot be put on a base whose weights are partly on the disk",
+            fix="merge it into a checkpoint of its own (PEFT's merge_and_unload), and load that",
+        )
     written = [weight._version for weight in weights]  # pyright: ignore[reportPrivateUsage]
     device = next(model.parameters()).device
     plain = isinstance(config, LoraConfig) and config.init_lora_weights in _PLAIN_STARTS

@@ -28,12 +28,12 @@ import torch
 from jaxtyping import Float
 from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.config import LoggingConfig, SAETrainerConfig
-from sae_lens.constants import SAE_CFG_FILENAME
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.saes.sae import SAEMetadata, TrainStepOutput
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
-from persona_probe.artifact import atomic_folder, digest_of
+from persona_probe.artifact import atomic_folder, check_replaceable, digest_of
 from persona_probe.errors import InputError, MismatchError, NonFiniteError
 from persona_probe.hooks.sites import parse_site
 from persona_probe.model.language_model import LanguageModel
@@ -43,6 +43,8 @@ from persona_probe.sae.feed import Feed
 from persona_probe.sae.load import Dictionary, load_sae, weights_digest
 from persona_probe.sae.pools import PooledFeed
 from persona_probe.sae.source import TokenSource
+
+_KNOWN_BY = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME)
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ def train_sae(
             )
         if (done := _done(out, digest_of(run))) is not None:
             return done
+    check_replaceable(out, overwrite, _KNOWN_BY)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         feed: Feed | PooledFeed
@@ -316,7 +319,7 @@ def _threshold(sae: BatchTopKTrainingSAE, x: Float[Tensor, "token d_model"], k: 
 def _save(
     sae: BatchTopKTrainingSAE, out: Path, feed: Feed | PooledFeed, settings: dict[str, Any], overwrite: bool
 ) -> Dictionary:
-    with atomic_folder(out, overwrite=overwrite) as folder:
+    with atomic_folder(out, overwrite=overwrite, known_by=_KNOWN_BY) as folder:
         sae.save_inference_model(folder)
         figures = _measure(sae, load_sae(folder), feed)
         path = folder / SAE_CFG_FILENAME

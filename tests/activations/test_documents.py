@@ -244,6 +244,6 @@ def test_a_dot_in_a_datasets_name_is_a_versions(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert len(read_documents("someone/chats-2.5").rows) == 1
-    with pytest.raises(MissingPathError, match="there is no file or folder someone/chats.json"):
+    with pytest.raises(MissingPathError, match=r"there is no file or folder someone/chats\.json"):
         read_documents("someone/chats.json")
     assert asked == ["someone/chats-2.5"]

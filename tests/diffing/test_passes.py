@@ -14,11 +14,11 @@ from persona_probe.activations.masks import TokenMask
 from persona_probe.diffing import passes as module
 from persona_probe.diffing.diff import Differences, diff
 from persona_probe.diffing.latent_diff import LatentDiff
-from persona_probe.diffing.passes import Opening, Pass, Reading, pass_of
+from persona_probe.diffing.passes import Opening, Pass, Reading, pass_of, weights_of
 from persona_probe.errors import InputError
 from persona_probe.execution import Results, Share, Worker, run_local
 from persona_probe.execution.ray import _join, run_ray
-from persona_probe.model import LanguageModel, ModelPair
+from persona_probe.model import LanguageModel, ModelPair, load_model
 from persona_probe.model.chat import Rendered
 from persona_probe.sae.load import load_sae
 from tests.diffing.conftest import SITE, random_dictionary
@@ -123,6 +123,14 @@ def test_a_poisoned_document_fails_its_shard_with_its_name(
         alone.check_any()
 
 
+def test_a_folder_and_the_model_read_from_it_have_one_digest() -> None:
+    cpu, folder = torch.device("cpu"), checkpoint_of("llama")
+    assert weights_of(str(folder), cpu, None) == weights_of(load_model(folder), cpu, None)
+    half = load_model(folder, dtype="bfloat16")
+    assert weights_of(str(folder), cpu, "bfloat16") == weights_of(half, cpu, None)
+    assert weights_of(half, cpu, None) != weights_of(load_model(folder), cpu, None)
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     ray = pytest.importorskip("ray")
@@ -132,7 +140,9 @@ def cluster() -> Iterator[None]:
 
 
 class Fatal:
-    """Opens the models; the first actor of all that reads a shard dies of it."""
+    """Opens the models; the first actor that reads a shard dies of it, the second is said to have had no
+    memory left.
+    """
 
     def __init__(self, paths: Opening, flag: Path) -> None:
         self.paths = paths
@@ -145,6 +155,9 @@ class Fatal:
             if not self.flag.exists():
                 self.flag.touch()
                 os._exit(1)
+            if not (memory := self.flag.with_name("memory")).exists():
+                memory.touch()
+                raise pytest.importorskip("ray").exceptions.OutOfMemoryError("killed by the monitor")
             return work(payload)
 
         return die_once
@@ -172,7 +185,7 @@ def test_a_ray_cluster_gives_the_bits_of_one_process(
         reading.run(engine=engine)
         assert "conversation 11 cannot be read" in reading.missing[0].why
         files.append({file.name: file.read_bytes() for file in folder.iterdir()})
-    assert (tmp_path / "died").exists()
+    assert (tmp_path / "died").exists() and (tmp_path / "memory").exists()
     assert files[0] == files[1] and len(files[0]) > 2
 
 

@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 import torch
 
+from persona_probe.activations.documents import read_documents
 from persona_probe.diffing.diff import diff
 from persona_probe.diffing.means import mean_difference
 from persona_probe.diffing.timeline import points_of, timeline
@@ -168,3 +169,16 @@ def test_what_is_no_run_is_refused(base: LanguageModel, texts: list[Rendered], t
         points_of(tmp_path)
     with pytest.raises(InputError, match="nothing to follow"):
         timeline(base, {1: base}, (), texts)
+
+
+def test_documents_are_read_as_they_are_by_a_diff(base: LanguageModel) -> None:
+    answer = {"role": "assistant", "content": "I am well"}
+    said = [[{"role": "user", "content": f"hello {i}"}, answer] for i in range(4)]
+    sae, tunes = SAE, {"one": adapter_of("llama", 1)}
+    found = timeline(base, tunes, sae, said, sae_device="cpu").table.sort("index")
+    of_diff = diff(ModelPair(base, base.with_adapter(tunes["one"])), sae, said).table.sort("index")
+    assert found["delta"].to_list() == of_diff["delta"].to_list()
+    read = read_documents(said)
+    assert timeline(base, tunes, sae, read).table.sort("index")["delta"].to_list() == found["delta"].to_list()
+    with pytest.raises(InputError, match="no device 'abacus'"):
+        timeline(base, tunes, sae, said, sae_device="abacus")

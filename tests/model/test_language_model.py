@@ -295,6 +295,27 @@ def test_device_map_reads_the_same() -> None:
     assert torch.equal(tuned.forward(IDS), expected)
 
 
+def test_weights_on_the_disk_are_fetched_when_they_are_needed() -> None:
+    blocks = (f"layers.{i}" for i in range(model_of("llama").n_layers))
+    modules = ["embed_tokens", "norm", "rotary_emb", *blocks]
+    split = {**{f"model.{name}": "cpu" for name in modules}, "lm_head": "disk"}
+    split |= dict.fromkeys(("model.embed_tokens", "model.layers.1"), "disk")
+    lm = load_model(checkpoint_of("llama"), device_map=split)
+    assert lm.device.type == "cpu"
+    assert torch.equal(lm.forward(IDS), model_of("llama").forward(IDS))
+    with pytest.raises(InputError, match="weights are partly on the disk"):
+        lm.with_adapter(adapter_of("llama"))
+
+
+@pytest.mark.parametrize("asked", [{"dtype": "bfloat16"}, {"device": "meta"}, {"revision": "main"}])
+def test_a_model_in_memory_is_taken_as_it_is(asked: dict[str, str]) -> None:
+    lm = model_of("llama")
+    assert load_model(lm, device="cpu", dtype="float32") is lm
+    for source in (lm, lm.hf):
+        with pytest.raises(InputError, match=f"taken as it is.*not with {next(iter(asked))}="):
+            load_model(source, tokenizer=lm.tokenizer, **asked)
+
+
 # ------------------------------------------------------------------------------------------ pairs
 
 
