@@ -19,6 +19,7 @@ from persona_probe.cli.reading import (
     open_out,
     progress_bar,
     read_texts,
+    show_plan,
     unless_in_vain,
 )
 from persona_probe.errors import InputError
@@ -144,7 +145,7 @@ def diff(
         )
         del lm
     if plan:
-        _show_plan(job.facts, dictionaries, as_json)
+        show_plan(job.facts, dictionaries, as_json)
         return
     job.settings.update(sae=[one.digest for one in dictionaries], sae_device=sae_device)
     folder = open_out(out_dir or Path("out") / f"diff-{job.name}", job.settings, overwrite)
@@ -214,7 +215,6 @@ def _of_pair(
     """
     from persona_probe.diffing.job import diff_by_shards
     from persona_probe.diffing.room import room_beside, settle
-    from persona_probe.diffing.shards import cut, lengths_of, shard_tokens
     from persona_probe.execution import Results, run_local
     from persona_probe.sae.load import check_fits
 
@@ -226,9 +226,7 @@ def _of_pair(
     # how much the machines of a cluster have free is not known here
     together = not one_by_one if one_by_one is not None else room.together or not here
     facts = {
-        "conversations": len(texts.rendered),
-        "tokens": sum(lengths_of(texts.rendered)),
-        "shards": len(cut(texts.rendered, texts.clusters, shard_tokens(holder[0].device, batch_tokens))),
+        **texts.facts(device, batch_tokens),
         "models": 2 + len(benign),
         "read": "together" if together else "one after the other",
         "bytes of the base's weights": room.base,
@@ -297,21 +295,3 @@ def show_diff(found: Any, n: int) -> None:
         sure = found.tested and last is not None and last < 0.05
         table.add_row(*map(escape, cells), style="bold" if sure else None)
     out.print(table)
-
-
-def _show_plan(facts: dict[str, Any], dictionaries: Any, as_json: bool) -> None:
-    facts |= {
-        "sites": [one.site for one in dictionaries],
-        "bytes of the dictionaries": sum(8 * one.d_sae * one.d_model for one in dictionaries),
-    }
-    if as_json:
-        show_json(facts)
-        return
-    for name, value in facts.items():
-        if isinstance(value, list):
-            shown = ", ".join(value)
-        elif name.startswith("bytes"):
-            shown = "unknown" if value is None else size(value)
-        else:
-            shown = f"{value:,}" if isinstance(value, int) else value
-        out.print(f"{name}: {shown}", markup=False)

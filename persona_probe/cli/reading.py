@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from persona_probe.artifact import plain, read_json, remove, write_json, write_manifest
 from persona_probe.artifact.provenance import MANIFEST
-from persona_probe.cli.console import err
+from persona_probe.cli.console import err, out, show_json, size
 from persona_probe.errors import InputError, MismatchError
 
 SETTINGS, PASSES = "settings.json", "passes.json"
@@ -32,6 +32,35 @@ class Texts:
     answers: str
     """Whose answers they hold; "data" for documents that came with theirs."""
     mask: Any
+
+    def facts(self, device: Any, batch_tokens: int | None) -> dict[str, Any]:
+        """How much there is to read, for --plan."""
+        from persona_probe.diffing.shards import cut, lengths_of, shard_tokens
+
+        return {
+            "conversations": len(self.rendered),
+            "tokens": sum(lengths_of(self.rendered)),
+            "shards": len(cut(self.rendered, self.clusters, shard_tokens(device, batch_tokens))),
+        }
+
+
+def show_plan(facts: dict[str, Any], dictionaries: Any, as_json: bool) -> None:
+    """What is read, and with which dictionaries."""
+    facts |= {
+        "sites": [one.site for one in dictionaries],
+        "bytes of the dictionaries": sum(8 * one.d_sae * one.d_model for one in dictionaries),
+    }
+    if as_json:
+        show_json(facts)
+        return
+    for name, value in facts.items():
+        if isinstance(value, list):
+            shown = ", ".join(value)
+        elif name.startswith("bytes"):
+            shown = "unknown" if value is None else size(value)
+        else:
+            shown = f"{value:,}" if isinstance(value, int) else value
+        out.print(f"{name}: {shown}", markup=False)
 
 
 def read_texts(

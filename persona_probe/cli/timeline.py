@@ -11,7 +11,15 @@ from rich.table import Table
 
 from persona_probe.cli.capture import TooLong
 from persona_probe.cli.console import err, out, show_error, show_json, show_share_done
-from persona_probe.cli.reading import engine_of, finishing, open_out, progress_bar, read_texts, unless_in_vain
+from persona_probe.cli.reading import (
+    engine_of,
+    finishing,
+    open_out,
+    progress_bar,
+    read_texts,
+    show_plan,
+    unless_in_vain,
+)
 from persona_probe.errors import InputError
 
 SHOWN_POINTS = 8
@@ -60,6 +68,7 @@ def timeline(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
     overwrite: Annotated[bool, typer.Option(help="Throw away the results that --out holds.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what would be read, then stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Follow latents and directions through a run's checkpoints, or over several tunes.
@@ -112,6 +121,10 @@ def timeline(
         mask=mask,
         too_long=too_long,
     )
+    if plan:
+        facts = {**texts.facts(lm.device, batch_tokens), "models": 1 + len(points) + len(harmless)}
+        show_plan(facts, dictionaries, as_json)
+        return
     del lm
     settings: dict[str, object] = {
         "base": base, "benign": harmless, "sae": [one.digest for one in dictionaries], "with": fix,

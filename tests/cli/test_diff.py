@@ -270,3 +270,13 @@ def test_a_device_that_is_not_there_is_named(inputs: dict[str, str], tmp_path: P
     result = run(*call, "--sae-device", "abacus", "--out", str(tmp_path / "out"))
     assert result.exit_code == 2 and "there is no device 'abacus' here" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_timelines_plan_reads_nothing(inputs: dict[str, str], tmp_path: Path) -> None:
+    tunes = ("--checkpoints", TUNED, "--checkpoints", OTHER)
+    call = ("timeline", "--base", BASE, *tunes, "--sae", inputs["sae"])
+    result = run(*call, "--data", inputs["chats"], "--plan", "--json", "--out", str(tmp_path / "out"))
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert (facts["conversations"], facts["models"], facts["sites"]) == (6, 3, [SITE])
+    assert facts["tokens"] > 6 and facts["shards"] == 1 and not (tmp_path / "out").exists()
