@@ -228,8 +228,22 @@ class Reading:
                     progress(name, read, total)
 
             done = engine(tasks, one.open, self._results, told)
-            self._failed |= {failure.number: failure for failure in done.failures}
+            for failure in done.failures:
+                self._failed[failure.number] = failure
+                self._results.fail(self._key(number, self._shards[failure.number]), failure)
             self.done.append(done)
+        self._failed |= {failure.number: failure for failure in self._failed_elsewhere(mine)}
+
+    def _failed_elsewhere(self, mine: Sequence[Shard]) -> Iterator[Failure]:
+        own = {shard.number for shard in mine}
+        for shard in self._shards:
+            if shard.number in own:
+                continue
+            for number in range(len(self._passes)):
+                failure = self._results.failure(self._key(number, shard), shard.number)
+                if failure is not None:
+                    yield failure
+                    break
 
     @property
     def undone(self) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from persona_probe.artifact import StrPath, atomic_file
+from persona_probe.artifact import StrPath, atomic_file, read_json, write_json
 
 _DIGEST = hashlib.sha256().digest_size
 
@@ -77,9 +77,22 @@ class Results:
         """Keep a result, whole or not at all."""
         with atomic_file(self._path(key)) as temporary:
             temporary.write_bytes(hashlib.sha256(data).digest() + data)
+        self._failed(key).unlink(missing_ok=True)
+
+    def fail(self, key: str, failure: Failure) -> None:
+        """Let the other processes know that a task has been tried in vain; a later run tries it again."""
+        write_json(self._failed(key), {"why": failure.why, "fix": failure.fix})
+
+    def failure(self, key: str, number: int) -> Failure | None:
+        """Why a task has no result, where it has been tried in vain."""
+        path = self._failed(key)
+        return Failure(number, **read_json(path)) if path.is_file() else None
 
     def __contains__(self, key: str) -> bool:
         return self.read(key) is not None
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key.removeprefix('sha256:')}.shard"
+
+    def _failed(self, key: str) -> Path:
+        return self._path(key).with_suffix(".failed")

@@ -16,7 +16,7 @@ from persona_probe.diffing.diff import Differences, diff
 from persona_probe.diffing.latent_diff import LatentDiff
 from persona_probe.diffing.passes import Opening, Pass, Reading, pass_of, weights_of
 from persona_probe.errors import InputError
-from persona_probe.execution import Results, Share, Worker, run_local
+from persona_probe.execution import Results, Share, UnfinishedError, Worker, run_local
 from persona_probe.execution.ray import _join, run_ray
 from persona_probe.model import LanguageModel, ModelPair, load_model
 from persona_probe.model.chat import Rendered
@@ -121,6 +121,27 @@ def test_a_poisoned_document_fails_its_shard_with_its_name(
     alone.run()
     with pytest.raises(InputError, match=r"none of the 1 shards .* conversation 0 cannot be read"):
         alone.check_any()
+
+
+def test_a_shard_that_failed_in_one_process_is_no_longer_waited_for(
+    pair: ModelPair, texts: list[Rendered], tmp_path: Path
+) -> None:
+    bad = list(texts)
+    bad[4] = Rendered((5, 6, 1_000_000, 8), (False, False, True, True), 2)
+    results = Results(tmp_path)
+    readings = [Reading(one_by_one(pair), bad, None, results) for _ in range(2)]
+    for i, reading in enumerate(readings):
+        reading.run(Share(i, 2))
+        reading.done.clear()
+    (missing,) = {one for reading in readings for one in reading.missing}
+    assert "conversation 4 cannot be read" in missing.why
+    readings[1].check_finished()
+    assert readings[1].missing == (missing,)
+    with pytest.raises(UnfinishedError):
+        Reading(one_by_one(pair), texts, None, results).check_finished()
+    mended = Reading(one_by_one(pair), texts, None, results)
+    mended.run()
+    assert mended.missing == () and mended.undone == 0
 
 
 def test_a_folder_and_the_model_read_from_it_have_one_digest() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persona_probe.errors import InputError, PersonaProbeError
-from persona_probe.execution import Results, Share, Task, Worker, read_share, run_local
+from persona_probe.execution import Failure, Results, Share, Task, Worker, read_share, run_local
 
 
 def task(number: int, key: str | None = None) -> Task:
@@ -38,6 +38,15 @@ def test_each_task_once_and_failures_by_name(tmp_path: Path) -> None:
     assert told == [0, 1, 2, 3] and results.read("sha256:3") == b"\x03" and results.read("sha256:2") is None
     again = run_local(map(task, range(4)), opened(calls), results)
     assert (again.computed, again.found) == (0, 3) and calls == [0, 1, 2, 3, 2]
+
+
+def test_a_failure_is_known_until_it_is_mended(tmp_path: Path) -> None:
+    results, failure = Results(tmp_path), Failure(3, "document 'b.txt' is poisoned", "mend it")
+    assert results.failure("sha256:3", 3) is None
+    results.fail("sha256:3", failure)
+    assert results.failure("sha256:3", 3) == failure and "sha256:3" not in results
+    results.write("sha256:3", b"x")
+    assert results.failure("sha256:3", 3) is None
 
 
 def test_nothing_is_opened_when_all_is_there(tmp_path: Path) -> None:
