@@ -6,13 +6,14 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-import persona_probe.evaluation.asking as asking
 from persona_probe.artifact import check_manifest, read_json, read_jsonl, shipped, write_jsonl
 from persona_probe.cli.app import app
 
@@ -61,25 +62,21 @@ def test_names_are_text_on_the_page(tmp_path: Path) -> None:
     assert "alert(1)" in page and "<script>alert" not in page
 
 
-def killed(words: list[str], after: int) -> int:
-    """Run the command in a forked process that is killed once so many answers are written; how it ended."""
-    child = os.fork()
-    if child == 0:
-        signal.alarm(120)  # a child that hangs must not hang the tests
-        append = asking.append_jsonl
+KILLED = """
+import os, signal
+import persona_probe.evaluation.asking as asking
+from persona_probe.cli import main
 
-        def append_and_die(file: Path, rows: Any) -> None:
-            append(file, rows)
-            if file.read_bytes().count(b"\n") >= after:
-                os.kill(os.getpid(), signal.SIGKILL)
+append = asking.append_jsonl
 
-        asking.append_jsonl = append_and_die  # type: ignore[assignment]
-        try:
-            run(*words)
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status)
+def append_and_die(file, rows):
+    append(file, rows)
+    if file.read_bytes().count(b"\\n") >= 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+asking.append_jsonl = append_and_die
+main()
+"""
 
 
 def test_killed_half_way_and_run_again(tmp_path: Path) -> None:
@@ -90,7 +87,13 @@ def test_killed_half_way_and_run_again(tmp_path: Path) -> None:
     assert whole.exit_code == 0, whole.output
     out = tmp_path / "out"
     samples = out / "samples.jsonl"
-    assert killed([*words, "--out", str(out)], after=8) == -signal.SIGKILL
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, "evaluate", *words, "--out", str(out)],
+        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+        capture_output=True,
+        text=True,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
     assert not (out / "manifest.json").exists()
     left = samples.read_bytes()
     kept = left[: left.rfind(b"\n") + 1].splitlines()
