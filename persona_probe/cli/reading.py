@@ -46,7 +46,8 @@ class Texts:
 
 def show_plan(facts: dict[str, Any], dictionaries: Any, as_json: bool) -> None:
     """What is read, and with which dictionaries."""
-    facts |= {
+    facts = {
+        **facts,
         "sites": [one.site for one in dictionaries],
         "bytes of the dictionaries": sum(8 * one.d_sae * one.d_model for one in dictionaries),
     }

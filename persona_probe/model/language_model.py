@@ -29,6 +29,7 @@ from persona_probe.model.checkpoint import Checkpoint, describe
 from persona_probe.model.loading import (
     adapter_folder,
     check_vocabulary,
+    device_of,
     quietly,
     read_tokenizer,
     read_weights,
@@ -327,7 +328,7 @@ def _check_as_it_is(
     """A model in memory is taken as it is: raise `InputError` where something else is asked for."""
     there = next(model.parameters())
     said: dict[str, object] = {"revision": revision, "device_map": device_map}
-    if device != "auto" and torch.device(device).type != there.device.type:
+    if device != "auto" and device_of(device).type != there.device.type:
         said["device"] = device
     if dtype is not None and str(dtype).removeprefix("torch.") != str(there.dtype).removeprefix("torch."):
         said["dtype"] = dtype

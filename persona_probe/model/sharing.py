@@ -58,7 +58,8 @@ def inject(model: PreTrainedModel, adapter: str | Path, *, shared: bool) -> Peft
     With `shared`, adapters that write into the base's own tensors are refused: whoever shares them
     would change too.
 
-    Raises `MismatchError` for an adapter of another model and for one that cannot share.
+    Raises `MismatchError` for an adapter of another model and for one that cannot share, `InputError` for
+    a malformed one and for a base whose weights are partly on the disk.
     """
     try:
         config = PeftConfig.from_pretrained(str(adapter))

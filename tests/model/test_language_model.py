@@ -314,6 +314,8 @@ def test_a_model_in_memory_is_taken_as_it_is(asked: dict[str, str]) -> None:
     for source in (lm, lm.hf):
         with pytest.raises(InputError, match=f"taken as it is.*not with {next(iter(asked))}="):
             load_model(source, tokenizer=lm.tokenizer, **asked)
+    with pytest.raises(InputError, match="no device 'abacus'"):
+        load_model(lm, device="abacus")
 
 
 # ------------------------------------------------------------------------------------------ pairs
