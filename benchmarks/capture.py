@@ -38,7 +38,7 @@ from persona_probe.activations.stream import batch_tokens_for, buckets, stream
 from persona_probe.artifact import shipped
 from persona_probe.diffing.diff import diff
 from persona_probe.diffing.levels import latent_means
-from persona_probe.diffing.passes import Reading, pass_of
+from persona_probe.diffing.passes import Placement, Reading, pass_of
 from persona_probe.execution import Results, Share
 from persona_probe.model import LanguageModel, ModelPair, load_model
 from persona_probe.model.chat import Rendered
@@ -379,7 +379,7 @@ def _share(index: int, of: int, tokens: int, folder: str) -> dict[str, float]:
     torch.set_num_threads(1)
     models, dictionary, chats = tiny(tokens // 88)
     sites = {dictionary.site: dictionary}
-    one = pass_of(models[0], models, sites, EVERYTHING, None, torch.device("cpu"), None)
+    one = pass_of(models[0], models, sites, EVERYTHING, None, Placement(torch.device("cpu")))
     reading = Reading([one], chats, None, Results(folder))
     start, cpu = time.perf_counter(), time.process_time()
     reading.run(Share(index, of))

@@ -7,7 +7,7 @@ By place (`TokenMask`): the prompt, the answer, everything; special tokens aside
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -18,6 +18,30 @@ from persona_probe.errors import InputError
 from persona_probe.model.chat import Rendered
 
 Kind = Literal["all", "prompt", "response", "last_prompt", "answer"]
+
+
+@dataclass(frozen=True)
+class Account:
+    """The tokens of one conversation under a mask. Sinks show only when a model reads them."""
+
+    chosen: list[bool]
+    """Of each token: does it count?"""
+    covered: int
+    """Tokens in the place that the mask names."""
+    special: int
+    """Of those, left out as special."""
+    bos: int
+    """Of the special ones, how many begin the document."""
+
+    @property
+    def selected(self) -> int:
+        """Tokens that count."""
+        return sum(self.chosen)
+
+    @property
+    def skipped(self) -> int:
+        """Tokens left out by `first_k` and `skip_first`."""
+        return self.covered - self.special - self.selected
 
 
 @dataclass(frozen=True)
@@ -61,6 +85,15 @@ class TokenMask:
             kept = set([i for i, counted in enumerate(chosen) if counted][self.skip_first : end])
             chosen = [i in kept for i in range(len(chosen))]
         return chosen
+
+    def account(self, rendered: Rendered, special_ids: Collection[int] = (), bos: object = None) -> Account:
+        """What `select` takes of a conversation, and what it leaves out, by the reason; `bos` is BOS's id."""
+        place = replace(self, first_k=None, skip_first=0)
+        covered = replace(place, drop_special=False).select(rendered)
+        kept = place.select(rendered, special_ids)
+        chosen = kept if self == place else self.select(rendered, special_ids)
+        dropped = [i for a, b, i in zip(covered, kept, rendered.ids, strict=True) if a and not b]
+        return Account(chosen, sum(covered), len(dropped), sum(i == bos for i in dropped))
 
     def _covers(self, i: int, last: int, rendered: Rendered) -> bool:
         match self.kind:

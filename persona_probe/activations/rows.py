@@ -155,7 +155,8 @@ class Joined:
 def open_rows(source: StrPath, split: str = "train") -> Rows:
     """The rows at `source`, told by its name: `.jsonl`, `.parquet`, `.txt` (a row is a line); a folder
     of such files, in the order of their names; a folder that `Dataset.save_to_disk` wrote; or the name
-    of a dataset on the Hugging Face hub (fetched, or out of its cache), whose `split` is read.
+    of a dataset on the Hugging Face hub (fetched, or out of its cache), `name` or `name:config`, whose
+    `split` is read.
 
     Raises `MissingPathError`, or `InputError` for a file of another kind or one that is broken.
     """
@@ -228,7 +229,8 @@ def _from_hub(name: str, split: str) -> Rows:
     except ImportError as error:
         raise MissingExtraError.of("datasets", "train") from error
     try:
-        loaded: Any = datasets.load_dataset(name)
+        path, _, config = name.partition(":")
+        loaded: Any = datasets.load_dataset(path, config or None)
     except Exception as error:
         raise MissingPathError(
             f"{missing}, and no dataset of that name could be had: {str(error).splitlines()[0]}",

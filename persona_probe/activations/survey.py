@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -40,21 +40,15 @@ class Survey:
 def survey(lm: LanguageModel, conversations: Sequence[Rendered], mask: TokenMask) -> Survey:
     """Count what `mask` selects. Raises `InputError` where it leaves nothing at all."""
     special, bos = lm.special_ids, lm.tokenizer.bos_token_id
-    place = replace(mask, first_k=None, skip_first=0)
-    everything = replace(place, drop_special=False)
     digest = hashlib.sha256()
     rows: list[tuple[int, int, int, int]] = []
     beginnings = 0
     for conversation in conversations:
-        covered = everything.select(conversation)
-        kept = place.select(conversation, special)
-        chosen = kept if mask == place else mask.select(conversation, special)
-        rows.append((len(conversation), sum(covered), sum(covered) - sum(kept), sum(chosen)))
-        beginnings += sum(
-            a and not b and i == bos for a, b, i in zip(covered, kept, conversation.ids, strict=True)
-        )
+        its = mask.account(conversation, special, bos)
+        rows.append((len(conversation), its.covered, its.special, its.selected))
+        beginnings += its.bos
         digest.update(np.asarray([len(conversation), *conversation.ids], dtype="<i4").tobytes())
-        digest.update(bytes(chosen))
+        digest.update(bytes(its.chosen))
     columns = np.asarray(rows, dtype=np.int64).reshape(-1, 4).T
     if not columns.size:
         raise InputError("nothing to read: give at least one conversation")

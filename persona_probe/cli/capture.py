@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 from rich.table import Table
 
-from persona_probe.cli.console import err, out, show_error, show_json, show_share_done, size
+from persona_probe.cli import options
+from persona_probe.cli.console import err, out, show_json, show_share_done, size
+from persona_probe.cli.reading import Asked
 from persona_probe.errors import InputError
-
-# as activations.masks, .documents and .store have them, which load torch
-Mask = Literal["all", "prompt", "response", "last_prompt", "answer"]
-TooLong = Literal["truncate", "split", "skip", "error"]
-StoredType = Literal["float32", "bfloat16"]
-SHOWN_PROBLEMS = 5
 
 
 def capture(
     site: Annotated[list[str], typer.Option(help="A hook name, such as blocks.4.hook_resid_post; several.")],
-    data: Annotated[
-        str, typer.Option(help=".jsonl, .parquet, .txt, a folder of them, or a Hugging Face dataset.")
-    ],
+    data: options.Data,
     model: Annotated[Path | None, typer.Option(help="Checkpoint or adapter folder.")] = None,
     base: Annotated[Path | None, typer.Option(help="Base checkpoint folder, with --tuned.")] = None,
     tuned: Annotated[Path | None, typer.Option(help="Fine-tuned checkpoint or adapter folder.")] = None,
@@ -31,23 +25,23 @@ def capture(
         list[Path] | None, typer.Option(help="A harmless fine-tune of the same base, beside --tuned.")
     ] = None,
     out_dir: Annotated[Path, typer.Option("--out", help="Where the store goes.")] = Path("out/activations"),
-    mask: Annotated[Mask, typer.Option(help="Which tokens count.")] = "all",
-    first_k: Annotated[int | None, typer.Option(help="Of those, only so many from the front.")] = None,
-    skip_first: Annotated[int, typer.Option(help="Of those, not so many at the front.")] = 0,
-    store_dtype: Annotated[StoredType, typer.Option(help="How they are stored.")] = "float32",
-    context: Annotated[int | None, typer.Option(help="Longest document, in tokens; the model's.")] = None,
-    too_long: Annotated[TooLong, typer.Option(help="What becomes of a longer one.")] = "truncate",
-    field: Annotated[str | None, typer.Option(help="The column; messages or text by default.")] = None,
-    batch_tokens: Annotated[int | None, typer.Option(help="Padded tokens per forward pass.")] = None,
-    shard: Annotated[
-        str | None, typer.Option(help="i/n: do this share of the work; auto under torchrun or Slurm.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Read only so many rows.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the weights: float32, bfloat16, ...")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Throw away what --out holds.")] = False,
-    plan: Annotated[bool, typer.Option("--plan", help="Say what would be written, then stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    mask: options.Where = "all",
+    first_k: options.FirstK = None,
+    skip_first: options.SkipFirst = 0,
+    store_dtype: Annotated[options.StoredType, typer.Option(help="How they are stored.")] = "float32",
+    field: options.Field = None,
+    split: options.Split = "train",
+    context: options.Context = None,
+    too_long: options.WhenTooLong = "truncate",
+    limit: options.Limit = None,
+    shard: options.Shard = None,
+    batch_tokens: options.BatchTokens = None,
+    device: options.Device = None,
+    device_map: options.DeviceMap = None,
+    dtype: options.Dtype = None,
+    overwrite: options.Overwrite = False,
+    plan: options.Plan = False,
+    as_json: options.Json = False,
 ) -> None:
     """Store the activations of a model, or of a base and its fine-tune, on a file of documents.
 
@@ -60,30 +54,30 @@ def capture(
         raise InputError("--benign goes with --base and --tuned")
     from persona_probe.activations.capture_plan import plan_capture
     from persona_probe.activations.capturing import run_capture
-    from persona_probe.activations.documents import read_documents
-    from persona_probe.activations.masks import TokenMask
     from persona_probe.execution import UnfinishedError, read_share
     from persona_probe.model.language_model import load_model
     from persona_probe.model.pair import load_pair
 
     share = read_share(shard)
-    documents = read_documents(data, field=field, limit=limit)
-    options: dict[str, Any] = {"device": device or "auto", "dtype": dtype}
+    asked = Asked(
+        data=data, field=field, split=split, context=context, too_long=too_long, limit=limit,
+        mask=mask, first_k=first_k, skip_first=skip_first,
+    )  # fmt: skip
+    documents = asked.documents()
+    placing: dict[str, Any] = {"device": device or "auto", "dtype": dtype, "device_map": device_map}
     with err.status("loading"):
         if base is not None and tuned is not None:
-            pair = load_pair(base, tuned, **options)
+            pair = load_pair(base, tuned, **placing)
             first = pair.base
-            harmless = (load_pair(first, path, **options).tuned for path in benign or ())
+            harmless = (load_pair(first, path, **placing).tuned for path in benign or ())
             models: Any = (first, pair.tuned, *harmless)
         else:
-            models = first = load_model(model or "", **options)
+            models = first = load_model(model or "", **placing)
     with err.status("counting tokens"):
-        conversations = documents.conversations(first, context=context, too_long=too_long)
-        chosen = TokenMask(mask, first_k=first_k, skip_first=skip_first)
+        conversations = asked.conversations(first, documents)
         planned = plan_capture(
-            models, conversations, site, chosen, dtype=store_dtype, batch_tokens=batch_tokens
-        )  # fmt: skip
-    warn_of(conversations.reading)
+            models, conversations, site, asked.token_mask(mask), dtype=store_dtype, batch_tokens=batch_tokens
+        )
     if plan:
         show_plan(planned, out_dir, as_json)
         return
@@ -123,21 +117,6 @@ def capture(
         markup=False,
         soft_wrap=True,
     )
-
-
-def warn_of(reading: Any) -> None:
-    """Say on stderr which rows were left out and which documents were cut."""
-    if reading.bad:
-        show_error(f"{reading.bad} rows could not be read and were left out:")
-        for problem in reading.problems[:SHOWN_PROBLEMS]:
-            show_error(f"  {problem}")
-        if reading.bad > SHOWN_PROBLEMS:
-            show_error(f"  and {reading.bad - SHOWN_PROBLEMS} more")
-    if reading.too_long:
-        show_error(
-            f"{reading.too_long} documents are longer than the context"
-            + (f"; {reading.cut_tokens} tokens were cut off" if reading.cut_tokens else "; they were split")
-        )
 
 
 def show_plan(planned: Any, out_dir: Path, as_json: bool) -> None:

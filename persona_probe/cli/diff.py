@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -10,12 +11,14 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from persona_probe.cli.capture import TooLong
+from persona_probe.cli import options
 from persona_probe.cli.console import err, out, show_error, show_json, show_share_done, size
 from persona_probe.cli.reading import (
     PASSES,
+    Asked,
     engine_of,
     finishing,
+    left_out,
     open_out,
     progress_bar,
     read_texts,
@@ -28,18 +31,12 @@ from persona_probe.errors import InputError
 def diff(
     base: Annotated[Path | None, typer.Option(help="Base checkpoint folder.")] = None,
     tuned: Annotated[Path | None, typer.Option(help="Fine-tuned checkpoint or adapter folder.")] = None,
-    sae: Annotated[
-        list[str] | None, typer.Option(help="A dictionary: a folder, or release/sae_id; once per site.")
-    ] = None,
+    sae: options.Dictionaries = None,
     benign: Annotated[
         list[Path] | None, typer.Option(help="A harmless fine-tune of the same base; two or more test.")
     ] = None,
-    questions: Annotated[
-        str | None, typer.Option(help="Questions (a file or a set); the base's greedy answers are read.")
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Documents, read as they are: .jsonl, .parquet, .txt, a folder.")
-    ] = None,
+    questions: options.Questions = None,
+    data: options.MaybeData = None,
     store: Annotated[
         Path | None, typer.Option(help="What `capture` stored of a pair, instead of --base and --tuned.")
     ] = None,
@@ -47,11 +44,16 @@ def diff(
     tune: Annotated[
         str, typer.Option(help="Without --base and --tuned: which tune of the shipped organism.")
     ] = "bad-health",
-    mask: Annotated[
-        str | None, typer.Option(help="Which tokens count: all, prompt, response, last_prompt, answer.")
-    ] = None,
+    mask: options.MaybeWhere = None,
+    first_k: options.FirstK = None,
+    skip_first: options.SkipFirst = 0,
     top: Annotated[int, typer.Option(help="Rows to show for each site.", min=1)] = 10,
-    max_new_tokens: Annotated[int, typer.Option(help="Of the base's answers to --questions.")] = 48,
+    max_new_tokens: options.MaxNewTokens = 48,
+    field: options.Field = None,
+    split: options.Split = "train",
+    context: options.Context = None,
+    too_long: options.WhenTooLong = "truncate",
+    limit: options.Limit = None,
     one_by_one: Annotated[
         bool | None,
         typer.Option(
@@ -59,27 +61,18 @@ def diff(
             help="Read models one after the other; by default where they do not fit in memory together.",
         ),
     ] = None,
-    shard: Annotated[
-        str | None, typer.Option(help="i/n: do this share of the work; auto under torchrun or Slurm.")
-    ] = None,
-    engine: Annotated[str, typer.Option(help="local, or ray.")] = "local",
-    ray_address: Annotated[
-        str | None, typer.Option(help="host:port of a running Ray cluster, or auto; else one here.")
-    ] = None,
-    actors: Annotated[int | None, typer.Option(help="Ray actors, a copy of the models each.", min=1)] = None,
-    batch_tokens: Annotated[int | None, typer.Option(help="Padded tokens per forward pass.")] = None,
-    too_long: Annotated[
-        TooLong, typer.Option(help="What becomes of documents longer than the context.")
-    ] = "truncate",
-    limit: Annotated[int | None, typer.Option(help="Only so many questions or documents.", min=1)] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
-    sae_device: Annotated[
-        str | None, typer.Option(help="Where dictionaries encode; by default where the models are.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Throw away the results that --out holds.")] = False,
-    plan: Annotated[bool, typer.Option("--plan", help="Say what would be read, then stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    shard: options.Shard = None,
+    engine: options.Engine = "local",
+    ray_address: options.RayAddress = None,
+    actors: options.Actors = None,
+    batch_tokens: options.BatchTokens = None,
+    device: options.Device = None,
+    device_map: options.DeviceMap = None,
+    dtype: options.Dtype = None,
+    sae_device: options.SaeDevice = None,
+    overwrite: options.Overwrite = False,
+    plan: options.Plan = False,
+    as_json: options.Json = False,
 ) -> None:
     """Rank the latents of a dictionary by how far a fine-tune moved them.
 
@@ -87,10 +80,13 @@ def diff(
     tunes. Models that do not fit in memory together are read one after the other; with --store, none is
     loaded. A diff that was stopped goes on where it was; several processes may share one --out.
     """
-    if store is not None and (base or tuned or benign or questions or data or mask or limit):
+    asked = Asked(
+        questions, data, field, split, context, too_long, limit, max_new_tokens, mask, first_k, skip_first
+    )
+    if store is not None and (base or tuned or benign or asked != Asked()):
         raise InputError(
             "a store has its own models, data and mask",
-            fix="with --store: no --base, --tuned, --benign, --questions, --data, --mask or --limit",
+            fix="with --store: no --base, --tuned, --benign, nothing that says what to read, and no mask",
         )
     if (base is None) != (tuned is None):
         raise InputError("--base and --tuned go together", fix="give both, or neither for the organism")
@@ -101,7 +97,7 @@ def diff(
 
         request = organism_request(tune)
         base, tuned, benign = request.base, request.tuned, list(request.benign)
-        sae, questions = [str(path) for path in request.sae], str(request.questions)
+        sae, asked = [str(path) for path in request.sae], replace(asked, questions=str(request.questions))
     if not sae:
         raise InputError("--sae is missing", fix="a dictionary's folder, or release/sae_id of sae-lens")
     from persona_probe.execution import UnfinishedError, read_share
@@ -120,29 +116,11 @@ def diff(
     else:
         assert base is not None and tuned is not None
         with err.status("loading"):
-            lm = load_model(base, device=device or "auto", dtype=dtype)
-        texts = read_texts(
-            lm,
-            [tuned, *(benign or ())],
-            questions,
-            data,
-            limit=limit,
-            max_new_tokens=max_new_tokens,
-            mask=mask,
-            too_long=too_long,
-        )
-        job = _of_pair(
-            [lm], base, tuned, list(benign or ()), dictionaries, texts, how, one_by_one,
-            batch_tokens=batch_tokens, dtype=dtype,
-        )  # fmt: skip
-        job.settings.update(
-            questions=questions,
-            data=data,
-            too_long=too_long,
-            limit=limit,
-            max_new_tokens=max_new_tokens,
-            device=device,
-        )
+            lm = load_model(base, device=device or "auto", dtype=dtype, device_map=device_map)
+        texts = read_texts(lm, [tuned, *(benign or ())], asked)
+        how |= {"batch_tokens": batch_tokens, "dtype": dtype, "device_map": device_map}
+        job = _of_pair([lm], base, tuned, list(benign or ()), dictionaries, texts, how, one_by_one)
+        job.settings.update({**asdict(asked), "mask": texts.mask.kind, "device": device})
         del lm
     if plan:
         show_plan(job.facts, dictionaries, as_json)
@@ -156,14 +134,14 @@ def diff(
         show_share_done(share, unfinished, as_json)
         return
     with finishing(folder):
-        for site, one in found.items():
-            one.save(folder / site, overwrite=True)
+        for name, one in found.items():
+            one.save(folder / name, overwrite=True)
     if as_json:
-        show_json({site: {**d.summary(), "top": d.top(top).to_dicts()} for site, d in found.items()})
+        show_json({name: {**d.summary(), "top": d.top(top).to_dicts()} for name, d in found.items()})
     else:
-        for site, one in found.items():
-            show_diff(one, top)
-            out.print(f"{folder / site / 'volcano.html'}\n", markup=False, soft_wrap=True)
+        for name, one in found.items():
+            show_diff(one, name, top)
+            out.print(f"{folder / name / 'volcano.html'}\n", markup=False, soft_wrap=True)
     for missing in next(iter(found.values())).missing:
         show_error(f"missing: {missing}")
 
@@ -208,7 +186,7 @@ def _of_store(path: Path, dictionaries: Any, how: dict[str, Any]) -> _Job:
 
 def _of_pair(
     holder: list[Any], base: Path, tuned: Path, benign: list[Path], dictionaries: Any, texts: Any,
-    how: dict[str, Any], one_by_one: bool | None, *, batch_tokens: int | None, dtype: str | None,
+    how: dict[str, Any], one_by_one: bool | None,
 ) -> _Job:  # fmt: skip
     """`holder` has the base, and is emptied when it runs: where models are read one after the other, the
     base is let go.
@@ -226,7 +204,7 @@ def _of_pair(
     # how much the machines of a cluster have free is not known here
     together = not one_by_one if one_by_one is not None else room.together or not here
     facts = {
-        **texts.facts(device, batch_tokens),
+        **texts.facts(device, how["batch_tokens"]),
         "models": 2 + len(benign),
         "read": "together" if together else "one after the other",
         "bytes of the base's weights": room.base,
@@ -248,20 +226,20 @@ def _of_pair(
         return diff_by_shards(
             root, tuned, dictionaries, texts.rendered, texts.clusters, Results(folder / "shards"),
             benign=benign, together=beside, answers=texts.answers, mask=texts.mask,
-            batch_tokens=batch_tokens, device=device, dtype=dtype, progress=told, **how,
+            device=device, progress=told, **how,
         )  # fmt: skip
 
     settings: dict[str, object] = {
-        "base": base, "tuned": tuned, "benign": benign, "mask": texts.mask.kind,
-        "batch_tokens": batch_tokens, "dtype": dtype,
+        "base": base, "tuned": tuned, "benign": benign,
+        **{name: how[name] for name in ("batch_tokens", "dtype", "device_map")},
     }  # fmt: skip
     return _Job(tuned.resolve().name, settings, facts, run)
 
 
-def show_diff(found: Any, n: int) -> None:
-    """The latents that moved furthest, and how much that is worth."""
+def show_diff(found: Any, name: str, n: int) -> None:
+    """The latents that moved furthest, and how much that is worth; `name` is the dictionary's."""
     names = found.models
-    out.print(f"[bold]{escape(names[0])} → {escape(names[1])}[/bold] at {escape(found.site)}")
+    out.print(f"[bold]{escape(names[0])} → {escape(names[1])}[/bold] at {escape(name)}")
     said = (
         f"tested against {len(found.benign)} benign tunes"
         if found.tested
@@ -269,7 +247,7 @@ def show_diff(found: Any, n: int) -> None:
     )
     out.print(
         f"{found.tokens:,} tokens of {found.conversations} conversations, {found.clusters} questions "
-        f"(left out: {found.special:,} special tokens, {found.sinks:,} sinks); "
+        f"({left_out(found)}); "
         f"answers: {found.answers}; {said}\ndictionary: {found.validity.gate} ({found.validity.reason})",
         markup=False,
         soft_wrap=True,

@@ -1,4 +1,4 @@
-"""What `diff` and `timeline` have in common: what is read, where results go, who computes."""
+"""What commands that read documents have in common: what is read, where results go, who computes."""
 
 from __future__ import annotations
 
@@ -9,18 +9,55 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from persona_probe.artifact import plain, read_json, remove, write_json, write_manifest
 from persona_probe.artifact.provenance import MANIFEST
-from persona_probe.cli.console import err, out, show_json, size
+from persona_probe.cli.console import err, out, show_error, show_json, size
+from persona_probe.cli.options import Mask, TooLong
 from persona_probe.errors import InputError, MismatchError
 
 SETTINGS, PASSES = "settings.json", "passes.json"
 ENGINES = ("local", "ray")
+SHOWN_PROBLEMS = 5
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the shell is told to read, and which tokens of it count."""
+
+    questions: str | None = None
+    data: str | None = None
+    field: str | None = None
+    split: str = "train"
+    context: int | None = None
+    too_long: TooLong = "truncate"
+    limit: int | None = None
+    max_new_tokens: int = 48
+    mask: Mask | None = None
+    first_k: int | None = None
+    skip_first: int = 0
+
+    def token_mask(self, default: Mask) -> Any:
+        """The tokens that count."""
+        from persona_probe.activations.masks import TokenMask
+
+        return TokenMask(self.mask or default, first_k=self.first_k, skip_first=self.skip_first)
+
+    def documents(self) -> Any:
+        """What lies at `data`; raises for a path or a kind of file that cannot be read."""
+        from persona_probe.activations.documents import read_documents
+
+        return read_documents(self.data or "", field=self.field, split=self.split, limit=self.limit)
+
+    def conversations(self, lm: Any, documents: Any) -> Any:
+        """Documents as token ids of `lm`; says on stderr what was left out or cut."""
+        found = documents.conversations(lm, context=self.context, too_long=self.too_long)
+        warn_of(found.reading)
+        return found
 
 
 @dataclass(frozen=True)
@@ -64,57 +101,50 @@ def show_plan(facts: dict[str, Any], dictionaries: Any, as_json: bool) -> None:
         out.print(f"{name}: {shown}", markup=False)
 
 
-def read_texts(
-    lm: Any,
-    others: Sequence[Path],
-    questions: str | None,
-    data: str | None,
-    *,
-    limit: int | None,
-    max_new_tokens: int,
-    mask: str | None,
-    too_long: Any = "truncate",
-) -> Texts:
+def read_texts(lm: Any, others: Sequence[Path], asked: Asked) -> Texts:
     """Questions with the base's own greedy answers, or documents as they are.
 
     `others` are checkpoints whose tokenizer must give the same ids. Raises `InputError` for neither
     and for both, `MismatchError` naming the first document or question that differs.
     """
-    from persona_probe.activations.documents import read_documents
     from persona_probe.evaluation.questions import load_questions
     from persona_probe.evaluation.sampling import respond_greedy, transcripts
     from persona_probe.model.chat import check_same_ids
 
-    if (questions is None) == (data is None):
+    if (asked.questions is None) == (asked.data is None):
         raise InputError("give --questions or --data, one of them")
-    if data is not None:
-        from persona_probe.cli.capture import warn_of
-
-        documents = read_documents(data, limit=limit)
-        conversations = documents.conversations(lm, too_long=too_long)
-        warn_of(conversations.reading)
+    if asked.data is not None:
+        conversations = asked.conversations(lm, asked.documents())
         check_tokenizers(others, conversations.check_tokenizer)
-        return Texts(conversations, None, "data", mask_of(mask or "all"))
-    asked = [question for question in load_questions(questions or "") if question.role == "general"][:limit]
-    if not asked:
-        raise InputError(f"{questions} has no general question to ask")
+        return Texts(conversations, None, "data", asked.token_mask("all"))
+    general = [one for one in load_questions(asked.questions or "") if one.role == "general"][: asked.limit]
+    if not general:
+        raise InputError(f"{asked.questions} has no general question to ask")
 
     def check(tokenizer: Any) -> None:
-        for question in asked:
+        for question in general:
             check_same_ids(lm.tokenizer, tokenizer, question.messages, f"question {question.id}")
 
     check_tokenizers(others, check)
-    with err.status(f"{escape(lm.name)} answers {len(asked)} questions"):
-        answers = respond_greedy(lm, asked, max_new_tokens=max_new_tokens)
-    clusters = [question.question for question in asked]
-    return Texts(transcripts(lm, answers), clusters, "base", mask_of(mask or "answer"))
+    with err.status(f"{escape(lm.name)} answers {len(general)} questions"):
+        answers = respond_greedy(lm, general, max_new_tokens=asked.max_new_tokens)
+    clusters = [question.question for question in general]
+    return Texts(transcripts(lm, answers), clusters, "base", asked.token_mask("answer"))
 
 
-def mask_of(kind: str) -> Any:
-    """The mask of that name. Raises `InputError` listing those there are."""
-    from persona_probe.activations.masks import TokenMask
-
-    return TokenMask(cast("Any", kind))
+def warn_of(reading: Any) -> None:
+    """Say on stderr which rows were left out and which documents were cut."""
+    if reading.bad:
+        show_error(f"{reading.bad} rows could not be read and were left out:")
+        for problem in reading.problems[:SHOWN_PROBLEMS]:
+            show_error(f"  {problem}")
+        if reading.bad > SHOWN_PROBLEMS:
+            show_error(f"  and {reading.bad - SHOWN_PROBLEMS} more")
+    if reading.too_long:
+        show_error(
+            f"{reading.too_long} documents are longer than the context"
+            + (f"; {reading.cut_tokens} tokens were cut off" if reading.cut_tokens else "; they were split")
+        )
 
 
 def check_tokenizers(others: Sequence[Path], check: Callable[[Any], None]) -> None:
@@ -196,6 +226,13 @@ def finishing(folder: Path) -> Generator[None, None, None]:
         write_manifest(folder, {"settings": read_json(folder / SETTINGS)["settings"]})
     finally:
         os.close(handle)
+
+
+def left_out(counted: Any) -> str:
+    """What of the tokens under the mask was not counted, and why."""
+    parts = [f"{counted.special:,} special tokens, {counted.bos:,} of them BOS", f"{counted.sinks:,} sinks"]
+    parts += [f"{counted.skipped:,} skipped"] if counted.skipped else []
+    return f"left out: {'; '.join(parts)}"
 
 
 def engine_of(name: str, address: str | None, actors: int | None) -> Any:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from persona_probe.cli.capture import Mask, TooLong, warn_of
+from persona_probe.cli import options
 from persona_probe.cli.console import err, out, show_json, size
+from persona_probe.cli.reading import Asked
 from persona_probe.errors import InputError
+
+# as sae.architectures has them, which loads torch
+Architecture = Literal["batchtopk", "matryoshka", "topk", "jumprelu", "gated", "standard"]
 
 app = typer.Typer(no_args_is_help=True, help="Train a sparse autoencoder, or measure how well one fits.")
 
@@ -24,66 +28,79 @@ def train(
     model: Annotated[
         Path | None, typer.Option(help="Checkpoint or adapter folder, to read --data with.")
     ] = None,
-    data: Annotated[
-        str | None, typer.Option(help=".jsonl, .parquet, .txt, a folder of them, or a dataset.")
-    ] = None,
+    data: options.MaybeData = None,
     store: Annotated[
         Path | None, typer.Option(help="What `capture` stored, instead of --model and --data.")
     ] = None,
-    mask: Annotated[Mask, typer.Option(help="Which tokens count.")] = "all",
+    mask: options.Where = "all",
+    first_k: options.FirstK = None,
+    skip_first: options.SkipFirst = 0,
+    architecture: Annotated[Architecture, typer.Option(help="Its kind.")] = "batchtopk",
     d_sae: Annotated[int | None, typer.Option(help="Latents; 8 x d_model by default.")] = None,
-    k: Annotated[int, typer.Option(help="Latents that fire on a token, on average.")] = 16,
+    k: Annotated[
+        int | None, typer.Option(help="Latents that fire on a token, on average; 16 by default.")
+    ] = None,
+    l1: Annotated[
+        float | None,
+        typer.Option(help="What an active latent costs (gated, standard); 0.2 sqrt(d_model) by default."),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps; one pass over the data.")] = None,
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a training step.")] = 1024,
     lr: Annotated[float | None, typer.Option(help="Learning rate; chosen by --d-sae.")] = None,
-    field: Annotated[str | None, typer.Option(help="The column; messages or text by default.")] = None,
-    too_long: Annotated[
-        TooLong, typer.Option(help="What becomes of documents longer than the context.")
-    ] = "split",
-    limit: Annotated[int | None, typer.Option(help="Read only so many rows.")] = None,
+    field: options.Field = None,
+    split: options.Split = "train",
+    context: options.Context = None,
+    too_long: options.WhenTooLong = "split",
+    limit: options.Limit = None,
     seed: Annotated[int, typer.Option(help="Of the weights and of the order.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the model's weights.")] = None,
+    device: options.Device = None,
+    device_map: options.DeviceMap = None,
+    dtype: options.Dtype = None,
     checkpoint_seconds: Annotated[
         float, typer.Option(help="A killed run goes on from a checkpoint no older than this.")
     ] = 300.0,
-    overwrite: Annotated[bool, typer.Option(help="Throw away what --out holds.")] = False,
-    plan: Annotated[bool, typer.Option("--plan", help="Say what would be done, then stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    overwrite: options.Overwrite = False,
+    plan: options.Plan = False,
+    as_json: options.Json = False,
 ) -> None:
-    """Train a BatchTopK dictionary with sae-lens's trainer; sae-lens opens it, as a JumpReLU SAE.
+    """Train a dictionary with sae-lens's trainer; sae-lens opens it.
 
     A run that is stopped goes on from its last checkpoint when the same command is run again.
     """
     if (store is None) == (model is None and data is None) or (model is None) != (data is None):
         raise InputError("give --model and --data, or --store")
-    from persona_probe.activations.documents import read_documents
-    from persona_probe.activations.masks import TokenMask
     from persona_probe.activations.store import ActivationStore
     from persona_probe.model.language_model import load_model
     from persona_probe.model.loading import device_of
+    from persona_probe.sae.architectures import check_sparsity, sparsity
     from persona_probe.sae.pools import steps_on
     from persona_probe.sae.source import live_tokens, stored_tokens
     from persona_probe.sae.train import check_settings, latents_for, train_sae
 
-    check_settings(d_sae, k, steps, batch_tokens, lr, seed)  # before documents are counted
+    check_sparsity(architecture, k, l1)
+    check_settings(d_sae, steps, batch_tokens, lr, seed)  # before documents are counted
     where = str(device_of(device or "auto"))
     with err.status("counting tokens"):
         if store is not None:
             source = stored_tokens(ActivationStore.open(store), site)
         else:
-            documents = read_documents(data or "", field=field, limit=limit)
-            lm = load_model(model or "", device=device or "auto", dtype=dtype)
+            asked = Asked(
+                data=data, field=field, split=split, context=context, too_long=too_long, limit=limit,
+                mask=mask, first_k=first_k, skip_first=skip_first,
+            )  # fmt: skip
+            documents = asked.documents()
+            lm = load_model(model or "", device=device or "auto", dtype=dtype, device_map=device_map)
             where = str(lm.device)
-            conversations = documents.conversations(lm, too_long=too_long)
-            warn_of(conversations.reading)
-            source = live_tokens(lm, conversations, site, TokenMask(mask))
+            source = live_tokens(lm, asked.conversations(lm, documents), site, asked.token_mask(mask))
     if plan:
-        latents = latents_for(source.d_model, d_sae, k)
+        sparse = sparsity(architecture, k, l1, source.d_model)
+        latents = latents_for(source.d_model, d_sae, sparse.get("k", 0))
         facts: dict[str, Any] = {
             "model": source.model_name,
             "site": site,
             "tokens": source.tokens,
+            "architecture": architecture,
+            **sparse,
             "latents": latents,
             "steps": steps_on(source, batch_tokens, steps),
             "weights": size(4 * (2 * latents * source.d_model + latents + source.d_model)),
@@ -117,8 +134,10 @@ def train(
             source,
             site,
             out_dir,
+            architecture=architecture,
             d_sae=d_sae,
             k=k,
+            l1=l1,
             steps=steps,
             batch_tokens=batch_tokens,
             lr=lr,
@@ -145,38 +164,45 @@ def validity(
     base: Annotated[Path, typer.Option(help="Base checkpoint folder.")],
     tuned: Annotated[Path, typer.Option(help="Fine-tuned checkpoint or adapter folder.")],
     sae: Annotated[list[str], typer.Option(help="A dictionary's folder, or release/sae_id; several.")],
-    data: Annotated[str, typer.Option(help=".jsonl, .parquet, .txt, a folder of them, or a dataset.")],
-    mask: Annotated[Mask, typer.Option(help="Which tokens count.")] = "all",
+    data: options.Data,
+    mask: options.Where = "all",
+    first_k: options.FirstK = None,
+    skip_first: options.SkipFirst = 0,
     site: Annotated[str | None, typer.Option(help="Where a dictionary does not say its own.")] = None,
-    field: Annotated[str | None, typer.Option(help="The column; messages or text by default.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Read only so many rows.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the weights.")] = None,
+    field: options.Field = None,
+    split: options.Split = "train",
+    context: options.Context = None,
+    too_long: options.WhenTooLong = "truncate",
+    limit: options.Limit = None,
+    device: options.Device = None,
+    device_map: options.DeviceMap = None,
+    dtype: options.Dtype = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON array on stdout.")] = False,
 ) -> None:
     """Does a dictionary describe both models, and does it hold what the fine-tune changed?"""
     from dataclasses import asdict
 
-    from persona_probe.activations.documents import read_documents
-    from persona_probe.activations.masks import TokenMask
     from persona_probe.model.pair import load_pair
     from persona_probe.sae.load import load_sae
     from persona_probe.sae.validity import validities
 
-    documents = read_documents(data, field=field, limit=limit)
+    asked = Asked(
+        data=data, field=field, split=split, context=context, too_long=too_long, limit=limit,
+        mask=mask, first_k=first_k, skip_first=skip_first,
+    )  # fmt: skip
+    documents = asked.documents()
     dictionaries = [load_sae(each, site=site) for each in sae]
     with err.status("loading") as status:
-        pair = load_pair(base, tuned, device=device or "auto", dtype=dtype)
-        conversations = documents.conversations(pair.base)
+        pair = load_pair(base, tuned, device=device or "auto", dtype=dtype, device_map=device_map)
+        conversations = asked.conversations(pair.base, documents)
         conversations.check_same_ids(pair.tuned)
         found = validities(
             pair,
             dictionaries,
             conversations,
-            TokenMask(mask),
+            asked.token_mask(mask),
             progress=lambda tokens: status.update(f"{tokens} tokens"),
         )
-    warn_of(conversations.reading)
     named = list(zip(dictionaries, found, strict=True))
     if as_json:
         show_json([{"sae": one.path, "site": one.site, **asdict(its)} for one, its in named])

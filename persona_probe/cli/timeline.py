@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,11 +10,13 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from persona_probe.cli.capture import TooLong
+from persona_probe.cli import options
 from persona_probe.cli.console import err, out, show_error, show_json, show_share_done
 from persona_probe.cli.reading import (
+    Asked,
     engine_of,
     finishing,
+    left_out,
     open_out,
     progress_bar,
     read_texts,
@@ -31,45 +34,38 @@ def timeline(
         list[Path] | None,
         typer.Option(help="A Trainer's output folder; or several checkpoints or adapters, by name."),
     ] = None,
-    sae: Annotated[
-        list[str] | None, typer.Option(help="A dictionary: a folder, or release/sae_id; once per site.")
-    ] = None,
+    sae: options.Dictionaries = None,
     fix: Annotated[
         list[Path] | None, typer.Option("--with", help="A fix, whose directions are followed.")
     ] = None,
     benign: Annotated[
         list[Path] | None, typer.Option(help="A harmless fine-tune of the same base: the band.")
     ] = None,
-    questions: Annotated[
-        str | None, typer.Option(help="Questions (a file or a set); the base's greedy answers are read.")
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Documents, read as they are: .jsonl, .parquet, .txt, a folder.")
-    ] = None,
+    questions: options.Questions = None,
+    data: options.MaybeData = None,
     out_dir: Annotated[Path | None, typer.Option("--out", help="Where everything goes.")] = None,
-    mask: Annotated[
-        str | None, typer.Option(help="Which tokens count: all, prompt, response, last_prompt, answer.")
-    ] = None,
+    mask: options.MaybeWhere = None,
+    first_k: options.FirstK = None,
+    skip_first: options.SkipFirst = 0,
     top: Annotated[int, typer.Option(help="Latents to show.", min=1)] = 10,
-    max_new_tokens: Annotated[int, typer.Option(help="Of the base's answers to --questions.")] = 48,
-    shard: Annotated[
-        str | None, typer.Option(help="i/n: do this share of the work; auto under torchrun or Slurm.")
-    ] = None,
-    engine: Annotated[str, typer.Option(help="local, or ray.")] = "local",
-    ray_address: Annotated[
-        str | None, typer.Option(help="host:port of a running Ray cluster, or auto; else one here.")
-    ] = None,
-    actors: Annotated[int | None, typer.Option(help="Ray actors, a copy of the model each.", min=1)] = None,
-    batch_tokens: Annotated[int | None, typer.Option(help="Padded tokens per forward pass.")] = None,
-    too_long: Annotated[
-        TooLong, typer.Option(help="What becomes of documents longer than the context.")
-    ] = "truncate",
-    limit: Annotated[int | None, typer.Option(help="Only so many questions or documents.", min=1)] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Throw away the results that --out holds.")] = False,
-    plan: Annotated[bool, typer.Option("--plan", help="Say what would be read, then stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    max_new_tokens: options.MaxNewTokens = 48,
+    field: options.Field = None,
+    split: options.Split = "train",
+    context: options.Context = None,
+    too_long: options.WhenTooLong = "truncate",
+    limit: options.Limit = None,
+    shard: options.Shard = None,
+    engine: options.Engine = "local",
+    ray_address: options.RayAddress = None,
+    actors: options.Actors = None,
+    batch_tokens: options.BatchTokens = None,
+    device: options.Device = None,
+    device_map: options.DeviceMap = None,
+    dtype: options.Dtype = None,
+    sae_device: options.SaeDevice = None,
+    overwrite: options.Overwrite = False,
+    plan: options.Plan = False,
+    as_json: options.Json = False,
 ) -> None:
     """Follow latents and directions through a run's checkpoints, or over several tunes.
 
@@ -78,6 +74,9 @@ def timeline(
     """
     if (base is None) != (not checkpoints):
         raise InputError("--base and --checkpoints go together", fix="give both, or neither for the organism")
+    asked = Asked(
+        questions, data, field, split, context, too_long, limit, max_new_tokens, mask, first_k, skip_first
+    )
     sources: Any
     if base is None or not checkpoints:
         if sae or fix or benign or questions or data:
@@ -85,7 +84,8 @@ def timeline(
         from persona_probe.auditing.settings import organism_request
 
         request = organism_request()
-        base, benign, questions = request.base, list(request.benign), str(request.questions)
+        base, benign = request.base, list(request.benign)
+        asked = replace(asked, questions=str(request.questions))
         sae = [str(path) for path in request.sae]
         tunes = sorted(request.tuned.parent.iterdir())
         sources = {path.name: path for path in tunes if path.is_dir() and path not in benign}
@@ -107,20 +107,13 @@ def timeline(
     share, run = read_share(shard), engine_of(engine, ray_address, actors)
     harmless = list(benign or ())
     points = points_of(sources)
+    placing: dict[str, Any] = {"device": device or "auto", "dtype": dtype, "device_map": device_map}
     with err.status("loading"):
         dictionaries = [load_sae(path) for path in sae or ()]
         directions = _directions(fix or ())
-        lm: Any = load_model(base, device=device or "auto", dtype=dtype)
-    texts = read_texts(
-        lm,
-        [*(Path(point.model) for point in points if isinstance(point.model, str | Path)), *harmless],
-        questions,
-        data,
-        limit=limit,
-        max_new_tokens=max_new_tokens,
-        mask=mask,
-        too_long=too_long,
-    )
+        lm: Any = load_model(base, **placing)
+    folders = [Path(point.model) for point in points if isinstance(point.model, str | Path)]
+    texts = read_texts(lm, [*folders, *harmless], asked)
     if plan:
         facts = {**texts.facts(lm.device, batch_tokens), "models": 1 + len(points) + len(harmless)}
         show_plan(facts, dictionaries, as_json)
@@ -128,16 +121,16 @@ def timeline(
     del lm
     settings: dict[str, object] = {
         "base": base, "benign": harmless, "sae": [one.digest for one in dictionaries], "with": fix,
-        "questions": questions, "data": data, "too_long": too_long, "mask": texts.mask.kind, "limit": limit,
-        "max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens, "device": device, "dtype": dtype,
+        **asdict(asked), "mask": texts.mask.kind, "batch_tokens": batch_tokens, "device": device,
+        "device_map": device_map, "dtype": dtype, "sae_device": sae_device,
     }  # fmt: skip
     folder = open_out(out_dir or Path("out") / f"timeline-{name}", settings, overwrite)
     try:
         with unless_in_vain(folder, share), progress_bar(as_json) as told:
             found = follow(
                 base, sources, dictionaries, texts.rendered, texts.clusters, directions=directions,
-                benign=harmless, mask=texts.mask, batch_tokens=batch_tokens, device=device or "auto",
-                dtype=dtype, cache=folder / "shards", share=share, engine=run, progress=told,
+                benign=harmless, mask=texts.mask, batch_tokens=batch_tokens, sae_device=sae_device,
+                cache=folder / "shards", share=share, engine=run, progress=told, **placing,
             )  # type: ignore[arg-type]  # fmt: skip
     except UnfinishedError as unfinished:
         show_share_done(share, unfinished, as_json)
@@ -180,8 +173,7 @@ def _show(found: Any, n: int) -> None:
     )
     counted = found.counted
     out.print(
-        f"{counted.tokens:,} tokens of {counted.conversations} conversations (left out: {counted.special:,} "
-        f"special tokens, {counted.sinks:,} sinks)",
+        f"{counted.tokens:,} tokens of {counted.conversations} conversations ({left_out(counted)})",
         markup=False,
         soft_wrap=True,
     )
@@ -196,8 +188,7 @@ def _show(found: Any, n: int) -> None:
     rows = found.table.partition_by("kind", "site", "index", "name", as_dict=True, maintain_order=True)
     for which in _chosen(found, n, run).iter_rows(named=True):
         its = {row["point"]: row for row in rows[_key(which)].iter_rows(named=True)}
-        block = which["site"].removeprefix("blocks.").removesuffix(".hook_resid_post")
-        cells = [which["name"] or f"block {block} #{which['index']}"]
+        cells = [_named(which)]
         cells += [
             f"{its[point.name]['delta']:+.2g}{'*' if its[point.name]['outside'] else ''}" for point in shown
         ]
@@ -222,11 +213,16 @@ def _chosen(found: Any, n: int, run: bool) -> Any:
     if run:
         return found.top(n)
     shared = found.shared().head(n)
-    latents = shared.select(
-        pl.lit("latent").alias("kind"), "site", "index", pl.lit(None, dtype=pl.String).alias("name")
-    )
+    latents = shared.select(pl.lit("latent").alias("kind"), "site", "index", "name")
     directions = found.top(0).select("kind", "site", "index", "name")
     return pl.concat([directions, latents])
+
+
+def _named(which: Any) -> str:
+    if which["kind"] == "direction":
+        return which["name"]
+    block = which["site"].removeprefix("blocks.").removesuffix(".hook_resid_post")
+    return f"block {block} #{which['index']}" + (f" ({which['name']})" if which["name"] else "")
 
 
 def _key(row: Any) -> tuple[Any, ...]:

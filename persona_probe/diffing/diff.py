@@ -11,7 +11,7 @@ Departures: an interval from questions, and benign fine-tunes as the null. Witho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -21,6 +21,7 @@ from persona_probe.activations.documents import conversations_of
 from persona_probe.activations.masks import TokenMask
 from persona_probe.activations.store import ActivationStore
 from persona_probe.diffing.latent_diff import LatentDiff, Missing
+from persona_probe.diffing.readers import by_name, placed
 from persona_probe.diffing.shards import Counted, Shard, ShardSums, cut, named, read_shard, shard_tokens
 from persona_probe.diffing.stored import StoredConversations, StoreOpening, check_store, left_out_of, names_of
 from persona_probe.diffing.tally import Tally
@@ -88,8 +89,8 @@ def diff(
 
     Args:
         models: a pair, which reads `data`; or a store of a pair's activations, which were read before.
-        dictionary: one, or several of different sites: all are read in one pass, and a dict by site
-            is returned.
+        dictionary: one, or several: all are read in one pass, and a dict by site is returned (by site and
+            folder, where several are of one site: see `readers`).
         data: prompts with answers; every model reads the base's token ids. Already rendered, or
             documents (`read_documents`), texts or chats.
         clusters: the question each conversation belongs to (each its own, by default): the sampling
@@ -108,26 +109,26 @@ def diff(
     Raises:
         MismatchError: models (or a store), dictionary and conversations that do not belong together.
         UnknownSiteError: a dictionary's site is not in the models.
-        InputError: nothing to read, or two dictionaries of one site.
+        InputError: nothing to read, or one dictionary twice.
         NonFiniteError: a NaN or infinity in an activation.
     """
     dictionaries = [dictionary] if isinstance(dictionary, Dictionary) else list(dictionary)
-    check_sites(dictionaries)
+    readers = by_name(dictionaries)
     if isinstance(models, ActivationStore):
         if data is not None or benign or mask not in (None, models.mask):
             raise InputError(
                 f"{models.path} was captured with its own data, benign tunes and mask ({models.mask.kind})",
                 fix="give the store and the dictionary alone, or capture it anew",
             )
-        job = _of_store(models, dictionaries, clusters, sae_device)
+        job = _of_store(models, readers, clusters, sae_device)
         found = Differences(
-            dictionaries, job.names, "data", job.mask, confidence, limits, left_out=left_out_of(models)
+            readers, job.names, "data", job.mask, confidence, limits, left_out=left_out_of(models)
         )
     else:
         if data is None:
             raise InputError("no conversations to read", fix="diff(pair, dictionary, conversations)")
-        job = _of_pair(models, dictionaries, data, clusters, benign, mask, batch_tokens, sae_device)
-        found = Differences(dictionaries, job.names, answers, job.mask, confidence, limits)
+        job = _of_pair(models, readers, data, clusters, benign, mask, batch_tokens, sae_device)
+        found = Differences(readers, job.names, answers, job.mask, confidence, limits)
     read, total = 0, sum(len(shard.clusters) for shard in job.shards)
     for shard in job.shards:
         found.add(job.read(shard))
@@ -149,7 +150,7 @@ class _Job(NamedTuple):
 
 def _of_pair(
     pair: ModelPair,
-    dictionaries: Sequence[Dictionary],
+    readers: Mapping[str, Dictionary],
     data: Data,
     clusters: Sequence[str] | None,
     benign: Sequence[LanguageModel],
@@ -160,16 +161,16 @@ def _of_pair(
     models = (pair.base, pair.tuned, *benign)
     for model in benign:
         ModelPair(pair.base, model)
-    for one in dictionaries:
+    for one in readers.values():
         check_fits(one, pair.base)  # it was trained on the base; the others have other weights
     rendered = conversations_of(pair.base, data)
-    placed = {one.site: one.to(sae_device or pair.base.device) for one in dictionaries}
+    there = placed(readers, sae_device or pair.base.device)
     mask = mask or TokenMask("answer")
 
     def read(shard: Shard) -> ShardSums:
         texts = shard.conversations(rendered)
         try:
-            return read_shard(models, placed, texts, shard, mask, batch_tokens=batch_tokens)
+            return read_shard(models, there, texts, shard, mask, batch_tokens=batch_tokens)
         except NonFiniteError as error:
             raise named(error, shard.names(rendered)) from error
 
@@ -179,13 +180,13 @@ def _of_pair(
 
 def _of_store(
     store: ActivationStore,
-    dictionaries: Sequence[Dictionary],
+    readers: Mapping[str, Dictionary],
     clusters: Sequence[str] | None,
     sae_device: str | None,
 ) -> _Job:
-    check_store(store, dictionaries)
+    check_store(store, list(readers.values()))
     conversations = StoredConversations(store)
-    opening = StoreOpening(store.path, {one.site: one.to(sae_device or "cpu") for one in dictionaries})
+    opening = StoreOpening(store.path, placed(readers, sae_device or "cpu"))
 
     def read(shard: Shard) -> ShardSums:
         return opening.read(store, shard.clusters, shard.conversations(conversations))
@@ -194,26 +195,12 @@ def _of_store(
     return _Job(names_of(store), store.mask, shards, read)
 
 
-def check_sites(dictionaries: Sequence[Dictionary]) -> None:
-    """Raise `InputError` unless there are dictionaries, each of a site of its own."""
-    if not dictionaries:
-        raise InputError("no dictionary given", fix="without one, use mean_difference")
-    seen: dict[str, str] = {}
-    for one in dictionaries:
-        if one.site in seen:
-            raise InputError(
-                f"two dictionaries read {one.site}: {seen[one.site]} and {one.path}",
-                fix="compare them in two calls",
-            )
-        seen[one.site] = one.path
-
-
 class Differences:
-    """Diffs at every site, as shards come in (in their order)."""
+    """Diffs of every dictionary, as shards come in (in their order)."""
 
     def __init__(
         self,
-        dictionaries: Sequence[Dictionary],
+        dictionaries: Mapping[str, Dictionary],
         models: Sequence[str],
         answers: str,
         mask: TokenMask,
@@ -222,27 +209,29 @@ class Differences:
         *,
         left_out: Counted | None = None,
     ) -> None:
-        """`left_out` has the tokens that were left out before anything is added."""
+        """`dictionaries` by name (see `readers`); `left_out` has the tokens left out before any is added."""
         self._dictionaries = dictionaries
         self._models = tuple(models)
         self._answers = answers
         self._mask = mask
         self._confidence = confidence
         self._limits = limits
-        self._tallies = {one.site: Tally(len(models), one) for one in dictionaries}
+        self._tallies = {name: Tally(len(models), one) for name, one in dictionaries.items()}
         self._counted = left_out or Counted()
 
     def add(self, *groups: ShardSums) -> None:
         """Take in one shard: of all models together, or of groups that were read one after another."""
         first = groups[0]
         self._counted += first.counted
-        for site, tally in self._tallies.items():
-            read = [sums for group in groups for sums in group.of(site)]
-            tally.add(read, first.conversations, first.tokens, first.change.get(site))
+        for name, tally in self._tallies.items():
+            read = [sums for group in groups for sums in group.of(name)]
+            tally.add(read, first.conversations, first.tokens, first.change.get(name))
 
     def results(self, missing: Sequence[Missing] = ()) -> dict[str, LatentDiff]:
-        """The diff at each site. Raises `InputError` where no token at all was counted."""
-        return {one.site: self._result(one, self._tallies[one.site], missing) for one in self._dictionaries}
+        """Each dictionary's diff. Raises `InputError` where no token at all was counted."""
+        return {
+            name: self._result(one, self._tallies[name], missing) for name, one in self._dictionaries.items()
+        }
 
     def _result(self, dictionary: Dictionary, tally: Tally, missing: Sequence[Missing]) -> LatentDiff:
         if not tally.tokens:
@@ -263,6 +252,8 @@ class Differences:
             clusters=tally.clusters,
             tokens=tally.tokens,
             special=self._counted.special,
+            bos=self._counted.bos,
+            skipped=self._counted.skipped,
             sinks=self._counted.sinks,
             missing=tuple(missing),
         )

@@ -13,9 +13,10 @@ import torch
 
 from persona_probe.activations.masks import TokenMask
 from persona_probe.activations.store import ActivationStore
-from persona_probe.diffing.diff import Differences, check_sites
+from persona_probe.diffing.diff import Differences
 from persona_probe.diffing.latent_diff import LatentDiff
-from persona_probe.diffing.passes import Engine, Reading, Source, name_of, pass_of, pass_of_store
+from persona_probe.diffing.passes import Engine, Placement, Reading, Source, name_of, pass_of, pass_of_store
+from persona_probe.diffing.readers import by_name
 from persona_probe.diffing.stored import StoredConversations, check_store, left_out_of
 from persona_probe.errors import InputError
 from persona_probe.execution import Results, Share, run_local
@@ -42,17 +43,19 @@ def diff_by_shards(
     batch_tokens: int | None = None,
     device: torch.device | None = None,
     dtype: str | None = None,
+    device_map: str | None = None,
     sae_device: str | None = None,
     share: Share | None = None,
     engine: Engine = run_local,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, LatentDiff]:
-    """The diff at each dictionary's site.
+    """Each dictionary's diff, by name.
 
     Args:
         results: where each shard's sums are kept; the same folder for every process.
         base: its folder, where passes load it themselves (in other processes, or one after the other);
             then that dictionaries fit it is checked when they do, and `device` must be given.
+        device_map: accelerate's, for models that are larger than one device.
         together: read all models in one pass; else each in one of its own.
         sae_device: where dictionaries encode; by default where the models are.
         share, engine: see `persona_probe.execution`.
@@ -62,23 +65,23 @@ def diff_by_shards(
     fails its shard, which `missing` of the result names. Raises `UnfinishedError` while other processes
     have shards to do.
     """
-    check_sites(dictionaries)
+    readers = by_name(dictionaries)
     if isinstance(base, LanguageModel):
         device = base.device
         for one in dictionaries:
             check_fits(one, base)
     if device is None:
         raise InputError("a base that comes by its folder needs a device", fix='device=torch.device("cpu")')
-    sites = {one.site: one for one in dictionaries}
     mask = mask or TokenMask("answer")
     models: list[Source] = [base, tuned, *benign]
     groups = [models] if together else [[model] for model in models]
-    passes = [pass_of(base, group, sites, mask, batch_tokens, device, dtype, sae_device) for group in groups]
+    placement = Placement(device, dtype, device_map, sae_device)
+    passes = [pass_of(base, group, readers, mask, batch_tokens, placement) for group in groups]
     names = tuple(map(name_of, models))
     reading = Reading(passes, rendered, clusters, results)
     return _results(
         reading,
-        Differences(dictionaries, names, answers, mask, confidence, limits),
+        Differences(readers, names, answers, mask, confidence, limits),
         share,
         engine,
         progress,
@@ -99,12 +102,12 @@ def store_by_shards(
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, LatentDiff]:
     """`diff` of a store, likewise. A shard of the store that was changed fails those that need it."""
-    check_sites(dictionaries)
+    readers = by_name(dictionaries)
     check_store(store, dictionaries)
-    one = pass_of_store(store, {each.site: each for each in dictionaries}, sae_device or "cpu")
+    one = pass_of_store(store, readers, sae_device or "cpu")
     reading = Reading([one], StoredConversations(store), clusters, results)
     found = Differences(
-        dictionaries, one.names, "data", store.mask, confidence, limits, left_out=left_out_of(store)
+        readers, one.names, "data", store.mask, confidence, limits, left_out=left_out_of(store)
     )
     return _results(reading, found, share, engine, progress)
 

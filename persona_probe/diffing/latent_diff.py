@@ -90,8 +90,12 @@ class LatentDiff:
     tokens: int
     special: int | None
     """Tokens in the place that the mask names, left out as special; None for a diff that was saved before
-    they were counted.
+    they were counted, as are the next two.
     """
+    bos: int | None
+    """Of those, how many are BOS."""
+    skipped: int | None
+    """Tokens left out by the mask's `first_k` and `skip_first`."""
     sinks: int
     """Tokens left out because of their norm."""
     missing: tuple[Missing, ...] = ()
@@ -152,6 +156,8 @@ class LatentDiff:
             "clusters": self.clusters,
             "tokens": self.tokens,
             "special": self.special,
+            "bos": self.bos,
+            "skipped": self.skipped,
             "sinks": self.sinks,
             "tested": self.tested,
             "missing": self.missing,
@@ -210,6 +216,8 @@ class LatentDiff:
             clusters=facts["clusters"],
             tokens=facts["tokens"],
             special=facts.get("special"),
+            bos=facts.get("bos"),
+            skipped=facts.get("skipped"),
             sinks=facts["sinks"],
             missing=tuple(Missing(**one) for one in facts["missing"]),
         )

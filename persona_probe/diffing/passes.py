@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +25,7 @@ from persona_probe.activations.store import ActivationStore
 from persona_probe.activations.stream import batch_tokens_for
 from persona_probe.artifact import digest_folder, digest_of
 from persona_probe.diffing.latent_diff import Missing
+from persona_probe.diffing.readers import Readers, placed
 from persona_probe.diffing.shards import (
     Places,
     Shard,
@@ -44,12 +45,12 @@ from persona_probe.model.checkpoint import describe, is_adapter
 from persona_probe.model.language_model import LanguageModel, load_model
 from persona_probe.model.loading import device_of
 from persona_probe.model.pair import load_pair
-from persona_probe.sae.load import Dictionary, check_fits
+from persona_probe.sae.load import check_fits
 
 Source = LanguageModel | str | Path
 """A model, or the folder of a checkpoint or adapter, loaded when it is needed."""
 
-FORMAT = 2
+FORMAT = 3
 """Of the files; part of their names."""
 
 Engine = Callable[[Sequence[Task], Callable[[], Worker], Results, Callable[[int], None] | None], Done]
@@ -79,6 +80,18 @@ class Pass:
 
 
 @dataclass(frozen=True)
+class Placement:
+    """Where models and dictionaries are held, and in which type."""
+
+    device: torch.device
+    dtype: str | None = None
+    device_map: str | None = None
+    """accelerate's, instead of the device, for models that are larger than one."""
+    sae_device: str | None = None
+    """Of the dictionaries; None is where the models are."""
+
+
+@dataclass(frozen=True)
 class Opening:
     """Loads the models of a pass in whatever process it is called; picklable where they are folders."""
 
@@ -86,13 +99,10 @@ class Opening:
     """Adapters are put on it. Not loaded for a whole checkpoint."""
     models: tuple[Source, ...]
     """What is read together."""
-    dictionaries: Mapping[str, Dictionary | None]
-    """By site; None for means alone."""
+    readers: Readers
     mask: TokenMask
-    batch_tokens: int | None = None
-    device: str = "auto"
-    dtype: str | None = None
-    sae_device: str | None = None
+    batch_tokens: int | None
+    placement: Placement
 
     def __call__(self) -> Worker:
         gc.collect()  # what was read before must be gone, in whatever cycles it stands
@@ -100,20 +110,20 @@ class Opening:
         for source in self.models:
             beside = models[0] if models else self.base
             models.append(self.load(source, beside))
-        for one in self.dictionaries.values():
-            if one is not None:  # trained on the base; the others have other weights
+        for one in self.readers.values():
+            if not isinstance(one, str):  # trained on the base; the others have other weights
                 check_fits(replace(one, meta={**one.meta, "model_digest": None}), models[0])
-        device = self.sae_device or models[0].device
-        placed = {site: None if one is None else one.to(device) for site, one in self.dictionaries.items()}
-        return lambda text: pack(_read(self, models, placed, text))
+        readers = placed(self.readers, self.placement.sae_device or models[0].device)
+        return lambda text: pack(_read(self, models, readers, text))
 
     def load(self, source: Source, base: Source) -> LanguageModel:
         """One model, on the weights of `base` where it is an adapter and `base` in memory."""
-        options: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
+        to = self.placement
+        options: dict[str, Any] = {"device": to.device, "dtype": to.dtype, "device_map": to.device_map}
         if isinstance(source, LanguageModel):
             return source
         if isinstance(base, LanguageModel):
-            options = {"device": str(base.device), "dtype": str(base.dtype).removeprefix("torch.")}
+            options |= {"device": base.device, "dtype": base.dtype}
             return load_pair(base, source, **options).tuned
         return (
             load_model(base, adapter=source, **options)
@@ -125,42 +135,40 @@ class Opening:
 def pass_of(
     base: Source,
     models: Sequence[Source],
-    dictionaries: Mapping[str, Dictionary | None],
+    readers: Readers,
     mask: TokenMask,
     batch_tokens: int | None,
-    device: torch.device,
-    dtype: str | None,
-    sae_device: str | None = None,
+    placement: Placement,
 ) -> Pass:
     """A pass of `models` together, and the digest of everything but the documents that decides its sums."""
+    device, dtype = placement.device, placement.dtype
     settings = {
         "format": FORMAT,
         "versions": [metadata.version(name) for name in ("persona-probe", "torch", "transformers")],
         "models": [weights_of(one, device, dtype) for one in (base, *models)],
-        "dictionaries": {site: None if one is None else one.digest for site, one in dictionaries.items()},
+        "readers": _digests(readers),
         "mask": asdict(mask),
         "batch_tokens": batch_tokens_for(device, batch_tokens),
-        "device": [device.type, sae_device],
+        "device": [device.type, placement.sae_device],
         "dtype": dtype,
     }
-    if sae_device is not None:
-        device_of(sae_device)
-    opening = Opening(base, tuple(models), dictionaries, mask, batch_tokens, str(device), dtype, sae_device)
+    if placement.sae_device is not None:
+        device_of(placement.sae_device)
+    opening = Opening(base, tuple(models), readers, mask, batch_tokens, placement)
     size = shard_tokens(device, batch_tokens)
     return Pass(tuple(map(name_of, models)), digest_of(settings), size, opening)
 
 
-def pass_of_store(store: ActivationStore, dictionaries: Mapping[str, Dictionary], sae_device: str) -> Pass:
+def pass_of_store(store: ActivationStore, readers: Readers, sae_device: str) -> Pass:
     """All models of a store together; its conversations are the data (`StoredConversations`)."""
     settings = {
         "format": FORMAT,
         "versions": [metadata.version(name) for name in ("persona-probe", "torch")],
         "store": store.digest,
-        "dictionaries": {site: one.digest for site, one in dictionaries.items()},
+        "readers": _digests(readers),
         "device": sae_device,
     }
-    placed = {site: one.to(sae_device) for site, one in dictionaries.items()}
-    opening = StoreOpening(store.path.resolve(), placed)
+    opening = StoreOpening(store.path.resolve(), placed(readers, sae_device))
     return Pass(names_of(store), digest_of(settings), shard_tokens(torch.device("cpu")), opening)
 
 
@@ -305,13 +313,13 @@ class Reading:
 def _read(
     worker: Opening,
     models: Sequence[LanguageModel],
-    placed: Mapping[str, Dictionary | None],
+    readers: Readers,
     text: Text,
 ) -> ShardSums:
     def read(conversations: Sequence[Rendered], shard: Shard, leave_out: Places | None) -> ShardSums:
         return read_shard(
             models,
-            placed,
+            readers,
             conversations,
             shard,
             worker.mask,
@@ -330,6 +338,10 @@ def _read(
             except (RuntimeError, IndexError, ValueError) as own:
                 raise InputError(f"{name} cannot be read: {own}") from error
         raise  # no single conversation is to blame: memory, or the machine
+
+
+def _digests(readers: Readers) -> dict[str, str]:
+    return {name: one if isinstance(one, str) else one.digest for name, one in readers.items()}
 
 
 def _digest(shard: Shard, conversations: Sequence[Rendered | StoredConversation]) -> str:

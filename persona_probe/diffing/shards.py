@@ -9,7 +9,7 @@ same bits whoever read them. Conversations are token ids, which models read, or 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import astuple, dataclass, replace
 from typing import Any, TypeVar
 
@@ -22,11 +22,11 @@ from persona_probe.activations.documents import place_of
 from persona_probe.activations.masks import TokenMask
 from persona_probe.activations.stream import Chunk, batch_tokens_for, stream
 from persona_probe.diffing.cluster_sums import ClusterSums, Counting
+from persona_probe.diffing.readers import Readers, site_of
 from persona_probe.diffing.statistics import number_clusters
 from persona_probe.errors import InputError, MismatchError, NonFiniteError
 from persona_probe.model.chat import Rendered
 from persona_probe.model.language_model import LanguageModel
-from persona_probe.sae.load import Dictionary
 
 SHARD_BATCHES = 16
 """A shard is of so many batches: enough to sort by length, few enough that its sums are small."""
@@ -115,6 +115,10 @@ class Counted:
     """That count: under the mask, neither special nor sinks."""
     special: int = 0
     """Tokens in the place that the mask names, left out as special."""
+    bos: int = 0
+    """Of those, how many are BOS."""
+    skipped: int = 0
+    """Tokens left out by the mask's `first_k` and `skip_first`."""
     sinks: int = 0
     """Tokens left out because of their norm."""
 
@@ -132,28 +136,28 @@ class ShardSums:
     sinks: Places
     """Tokens left out because of their norm in the base."""
     sums: dict[tuple[int, str], ClusterSums]
-    """By number of the model in the group, and site."""
+    """By number of the model in the group, and name of the reader."""
     change: dict[str, tuple[float, float]]
-    """For the first two models, by site: sum over tokens of the squared length of how far the
+    """For the first two models, by reader: sum over tokens of the squared length of how far the
     activation moved, and of how far what the dictionary leaves unexplained moved.
     """
-    special: int = 0
-    """Tokens left out as special; none where they were left out before, as from a store."""
+    left_out: Counted = Counted()
+    """Tokens that the mask left out; none where they were left out before, as from a store."""
 
     @property
     def counted(self) -> Counted:
         """Conversations and tokens that count, and tokens that were left out."""
         sinks = sum(map(len, self.sinks.values()))
-        return Counted(int(self.conversations.sum()), self.tokens, self.special, sinks)
+        return self.left_out + Counted(int(self.conversations.sum()), self.tokens, sinks=sinks)
 
-    def of(self, site: str) -> list[ClusterSums]:
-        """Every model's sums at one site."""
-        return [sums for (_, at), sums in self.sums.items() if at == site]
+    def of(self, reader: str) -> list[ClusterSums]:
+        """Every model's sums of one reader."""
+        return [sums for (_, name), sums in self.sums.items() if name == reader]
 
 
 def read_shard(
     models: Sequence[LanguageModel],
-    dictionaries: Mapping[str, Dictionary | None],
+    readers: Readers,
     conversations: Sequence[Rendered],
     shard: Shard,
     mask: TokenMask | None = None,
@@ -161,27 +165,23 @@ def read_shard(
     batch_tokens: int | None = None,
     leave_out: Places | None = None,
 ) -> ShardSums:
-    """Read one shard with every model; `dictionaries` by site, None for means only.
+    """Read one shard with every model, in one pass for all readers.
 
     `leave_out` are the sinks of a pass with the base, for models that are read without it. A shard
     in which no token counts comes to empty sums. Raises what `stream` raises.
     """
     mask = mask or TokenMask("answer")
-    special = models[0].special_ids
+    special, bos = models[0].special_ids, models[0].tokenizer.bos_token_id
+    accounts = [mask.account(one, special, bos) for one in conversations]
+    sites = [site_of(reader) for reader in readers.values()]
     chunks = (
-        stream(
-            models, conversations, list(dictionaries), mask, batch_tokens=batch_tokens, leave_out=leave_out
-        )
-        if any(any(mask.select(one, special)) for one in conversations)
+        stream(models, conversations, sites, mask, batch_tokens=batch_tokens, leave_out=leave_out)
+        if any(any(its.chosen) for its in accounts)
         else ()
     )
-    sums = add_up(chunks, len(models), models[0].d_model, dictionaries, shard.clusters, leave_out)
-    whole = replace(mask, first_k=None, skip_first=0)
-    covered, kept = (
-        sum(sum(each.select(one, special)) for one in conversations)
-        for each in (replace(whole, drop_special=False), whole)
-    )
-    return replace(sums, special=covered - kept)
+    sums = add_up(chunks, len(models), models[0].d_model, readers, shard.clusters, leave_out)
+    left_out = (Counted(special=its.special, bos=its.bos, skipped=its.skipped) for its in accounts)
+    return replace(sums, left_out=sum(left_out, Counted()))
 
 
 @torch.no_grad()
@@ -189,40 +189,40 @@ def add_up(
     chunks: Iterable[Chunk],
     n_models: int,
     d_model: int,
-    dictionaries: Mapping[str, Dictionary | None],
+    readers: Readers,
     clusters: Sequence[int],
     leave_out: Places | None = None,
 ) -> ShardSums:
     """The sums over `chunks`, in which conversations are numbered as in `clusters`, the cluster of each."""
     numbers = torch.tensor(clusters)
     counting = {
-        (i, site): Counting(dictionary, d_model, numbers)
+        (i, name): Counting(None if isinstance(reader, str) else reader, d_model, numbers)
         for i in range(n_models)
-        for site, dictionary in dictionaries.items()
+        for name, reader in readers.items()
     }
     counted = torch.zeros(len(numbers), dtype=torch.long)
     sinks: Places = dict(leave_out or {})
-    moved = {site: [0.0, 0.0] for site in dictionaries}
+    moved = {name: [0.0, 0.0] for name in readers}
     for chunk in chunks:
         counted += chunk.document.bincount(minlength=len(numbers))
         for document, position in chunk.sink_tokens:
             sinks.setdefault(document, []).append(position)
-        for site, dictionary in dictionaries.items():
-            device = dictionary.W_enc.device if dictionary is not None else torch.device("cpu")
-            read = [chunk.activations[i, site].to(device) for i in range(n_models)]
-            errors = [counting[i, site].add(chunk.document, h) for i, h in enumerate(read)]
+        for name, reader in readers.items():
+            device = torch.device("cpu") if isinstance(reader, str) else reader.W_enc.device
+            read = [chunk.activations[i, site_of(reader)].to(device) for i in range(n_models)]
+            errors = [counting[i, name].add(chunk.document, h) for i, h in enumerate(read)]
             if len(read) > 1:
-                moved[site][0] += float((read[1].double() - read[0].double()).square().sum())
+                moved[name][0] += float((read[1].double() - read[0].double()).square().sum())
                 if errors[0] is not None and errors[1] is not None:
                     # the difference of the reconstruction errors: b_dec cancels
-                    moved[site][1] += float((errors[1] - errors[0]).square().sum())
+                    moved[name][1] += float((errors[1] - errors[0]).square().sum())
     used = numbers[counted > 0].bincount(minlength=int(numbers.max()) + 1)
     return ShardSums(
         conversations=used,
         tokens=int(counted.sum()),
         sinks=sinks,
         sums={key: its.sums() for key, its in counting.items()},
-        change={site: (a, b) for site, (a, b) in moved.items()} if n_models > 1 else {},
+        change={name: (a, b) for name, (a, b) in moved.items()} if n_models > 1 else {},
     )
 
 
@@ -237,11 +237,11 @@ def named(error: NonFiniteError, names: Sequence[str]) -> NonFiniteError:
 def pack(read: ShardSums) -> bytes:
     """A shard's result as the bytes of a safetensors file."""
     tensors = {"conversations": read.conversations}
-    for (model, site), sums in read.sums.items():
-        tensors |= {f"{model}|{site}|{name}": tensor.contiguous() for name, tensor in sums.tensors()}
+    for (model, reader), sums in read.sums.items():
+        tensors |= {f"{model}|{name}|{reader}": tensor.contiguous() for name, tensor in sums.tensors()}
     facts = {
         "tokens": read.tokens,
-        "special": read.special,
+        "left_out": astuple(read.left_out),
         "sinks": list(read.sinks.items()),
         "change": read.change,
     }
@@ -256,15 +256,15 @@ def unpack(data: bytes) -> ShardSums:
     parts: dict[tuple[int, str], dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name != "conversations":
-            model, site, field = name.split("|")
-            parts.setdefault((int(model), site), {})[field] = tensor
+            model, field, reader = name.split("|", 2)
+            parts.setdefault((int(model), reader), {})[field] = tensor
     return ShardSums(
         conversations=tensors["conversations"],
         tokens=facts["tokens"],
         sinks={document: positions for document, positions in facts["sinks"]},
         sums={key: ClusterSums(**parts[key]) for key in sorted(parts)},
-        change={site: (a, b) for site, (a, b) in facts["change"].items()},
-        special=facts["special"],
+        change={reader: (a, b) for reader, (a, b) in facts["change"].items()},
+        left_out=Counted(*facts["left_out"]),
     )
 
 

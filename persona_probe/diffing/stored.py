@@ -10,7 +10,7 @@ reads the models, up to the rounding of another batch; in bf16 they are those of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
@@ -20,6 +20,7 @@ import torch
 
 from persona_probe.activations.store import ActivationStore
 from persona_probe.activations.stream import Chunk, batch_tokens_for
+from persona_probe.diffing.readers import Readers, site_of
 from persona_probe.diffing.shards import Counted, ShardSums, add_up, pack
 from persona_probe.errors import MismatchError, NonFiniteError
 from persona_probe.execution import Worker
@@ -72,8 +73,7 @@ class StoreOpening:
     """Opens a store in whatever process it is called; picklable."""
 
     path: Path
-    dictionaries: Mapping[str, Dictionary]
-    """By site."""
+    readers: Readers
 
     def __call__(self) -> Worker:
         store = ActivationStore.open(self.path)
@@ -83,8 +83,9 @@ class StoreOpening:
         self, store: ActivationStore, clusters: Sequence[int], conversations: Sequence[StoredConversation]
     ) -> ShardSums:
         """The sums of all models over `conversations`, each of which is of the cluster given."""
-        chunks = _chunks(store, list(self.dictionaries), conversations)
-        return add_up(chunks, len(store.models), store.d_model, self.dictionaries, clusters)
+        sites = list(dict.fromkeys(map(site_of, self.readers.values())))
+        chunks = _chunks(store, sites, conversations)
+        return add_up(chunks, len(store.models), store.d_model, self.readers, clusters)
 
 
 def check_store(store: ActivationStore, dictionaries: Sequence[Dictionary]) -> None:
@@ -161,7 +162,8 @@ def _chunk(
 
 def left_out_of(store: ActivationStore) -> Counted:
     """The tokens that its capture left out, which no shard's sums know of."""
-    return Counted(special=store.counts.special, sinks=store.counts.sinks)
+    its = store.counts
+    return Counted(special=its.special, bos=its.bos, skipped=its.skipped, sinks=its.sinks)
 
 
 def names_of(store: ActivationStore) -> tuple[str, ...]:

@@ -55,6 +55,11 @@ class Tally:
         self._fit.merge(part)
 
     @property
+    def site(self) -> str:
+        """Where the dictionary reads."""
+        return self._dictionary.site
+
+    @property
     def n_benign(self) -> int:
         """Benign tunes among the models."""
         return self._moments.n_models - 2
@@ -76,7 +81,7 @@ class Tally:
 
     def means(self) -> SiteMeans:
         """Mean activations at the site."""
-        return self._means.means(self._dictionary.site)
+        return self._means.means(self.site)
 
     def validity(self, limits: Limits | None = None) -> Validity:
         """How the dictionary fits base and tuned."""

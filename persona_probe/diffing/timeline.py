@@ -16,6 +16,7 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
@@ -25,7 +26,8 @@ from persona_probe.activations.masks import TokenMask
 from persona_probe.artifact import StrPath, read_json
 from persona_probe.artifact.records import nearest
 from persona_probe.diffing.means import MeanSums
-from persona_probe.diffing.passes import Engine, Reading, Source, name_of, pass_of
+from persona_probe.diffing.passes import Engine, Placement, Reading, Source, name_of, pass_of
+from persona_probe.diffing.readers import Reader, by_name
 from persona_probe.diffing.shards import Counted
 from persona_probe.diffing.tally import Tally
 from persona_probe.diffing.trajectory import Point, Probe, Timeline, direction_rows, latent_rows
@@ -50,6 +52,7 @@ def timeline(
     batch_tokens: int | None = None,
     device: str = "auto",
     dtype: str | None = None,
+    device_map: str | None = None,
     sae_device: str | None = None,
     cache: StrPath | None = None,
     share: Share | None = None,
@@ -67,6 +70,7 @@ def timeline(
         directions: by name.
         benign: harmless fine-tunes of the same base: the band (see `Timeline`).
         mask: which tokens count; by default the last prompt token and the answer.
+        device_map: accelerate's, for models that are larger than one device.
         sae_device: where the dictionaries are; by default where the models are.
         cache: a folder for what each pass leaves; by default one that is thrown away.
         share: which shards to do, where several processes share `cache`.
@@ -83,9 +87,11 @@ def timeline(
     followed = dict(directions or {})
     if not dictionaries and not followed:
         raise InputError("nothing to follow", fix="give a dictionary, or directions")
-    sites: dict[str, Dictionary | None] = {probe.site: None for probe in followed.values()}
-    sites |= {one.site: one for one in dictionaries}
-    first = base if isinstance(base, LanguageModel) else load_model(base, device=device, dtype=dtype)
+    named = by_name(dictionaries) if dictionaries else {}
+    # of a dictionary alone at its site, the means are read as well
+    readers: dict[str, Reader] = {probe.site: probe.site for probe in followed.values()} | named
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "device_map": device_map}
+    first = base if isinstance(base, LanguageModel) else load_model(base, **options)
     for one in dictionaries:
         check_fits(one, first)
     rendered = conversations_of(first, data)
@@ -94,12 +100,10 @@ def timeline(
     here = engine is run_local and any(isinstance(one, LanguageModel) or is_adapter(one) for one in tunes)
     # whole checkpoints that come by their folders are never in memory together
     shared: Source = first if here or isinstance(base, LanguageModel) else base
-    kind, width, name = first.device, first.d_model, first.name
+    placement = Placement(first.device, dtype, device_map, sae_device)
+    width, name = first.d_model, first.name
     del first
-    passes = [
-        pass_of(shared, [model], sites, mask, batch_tokens, kind, dtype, sae_device)
-        for model in (shared, *tunes)
-    ]
+    passes = [pass_of(shared, [model], readers, mask, batch_tokens, placement) for model in (shared, *tunes)]
     with tempfile.TemporaryDirectory(prefix="persona-probe-") as thrown_away:
         reading = Reading(passes, rendered, clusters, Results(cache or thrown_away))
         reading.run(share, engine, progress)
@@ -107,7 +111,7 @@ def timeline(
         reading.check_finished()
         every = range(1 + len(points), len(passes))
         read = [
-            _at(point, [0, 1 + i, *every], reading, dictionaries, followed, width, confidence)
+            _at(point, [0, 1 + i, *every], reading, named, followed, width, confidence)
             for i, point in enumerate(points)
         ]
     return Timeline(
@@ -126,7 +130,7 @@ def _at(
     point: Point,
     passes: Sequence[int],
     reading: Reading,
-    dictionaries: Sequence[Dictionary],
+    dictionaries: Mapping[str, Dictionary],
     directions: Mapping[str, Probe],
     width: int,
     confidence: float,
@@ -135,19 +139,17 @@ def _at(
     base's, its own and the benign tunes'.
     """
     counted = Counted()
-    tallies = [Tally(len(passes), one) for one in dictionaries]
+    tallies = {name: Tally(len(passes), one) for name, one in dictionaries.items()}
     means = {probe.site: MeanSums(len(passes), width) for probe in directions.values()}
     for _, groups in reading.shards():
         own = [groups[i] for i in passes]
         base = own[0]
         counted += base.counted
-        for one, tally in zip(dictionaries, tallies, strict=True):
-            tally.add([group.of(one.site)[0] for group in own], base.conversations, base.tokens, None)
+        for name, tally in tallies.items():
+            tally.add([group.of(name)[0] for group in own], base.conversations, base.tokens, None)
         for site, sums in means.items():
             sums.add([group.of(site)[0] for group in own], base.conversations, base.tokens)
-    tables = [
-        latent_rows(one.site, tally, confidence) for one, tally in zip(dictionaries, tallies, strict=True)
-    ]
+    tables = [latent_rows(name, tally, confidence) for name, tally in tallies.items()]
     if directions:
         found = {site: sums.means(site) for site, sums in means.items()}
         tables.append(direction_rows(directions, found, confidence))

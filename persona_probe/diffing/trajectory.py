@@ -60,7 +60,8 @@ class Timeline:
     `table` has a row per point and latent or direction:
 
         point, step, loss          the checkpoint, or the tune's name with step null
-        kind, site, index, name    "latent" with its index, or "direction" with its name
+        kind, site, index, name    "latent" with its index (and the name of its dictionary, where several
+                                   read the site), or "direction" with its name
         mean_base, mean_tuned      mean activation of the latent; null for a direction
         delta, low, high           shift from the base, with its interval over questions
         benign_low, benign_high    the benign band: lowest and highest shift of the benign tunes,
@@ -80,12 +81,14 @@ class Timeline:
     missing: tuple[Missing, ...] = ()
     """Shards that are not in it."""
 
-    def of(self, index: int, site: str | None = None) -> pl.DataFrame:
-        """One latent's rows, point by point."""
+    def of(self, index: int, site: str | None = None, name: str | None = None) -> pl.DataFrame:
+        """One latent's rows, point by point; `name` of its dictionary, where several read the site."""
         rows = self.table.filter(pl.col("index") == index)
         rows = rows if site is None else rows.filter(pl.col("site") == site)
+        rows = rows if name is None else rows.filter(pl.col("name") == name)
         if not len(rows):
-            raise InputError(f"there is no latent {index}" + (f" at {site}" if site else ""))
+            at = (f" at {site}" if site else "") + (f" of {name}" if name else "")
+            raise InputError(f"there is no latent {index}{at}")
         return rows
 
     def top(self, n: int = 10) -> pl.DataFrame:
@@ -127,13 +130,13 @@ class Timeline:
         """
         rows = self.table.filter(pl.col("kind") == "latent")
         size = pl.col("delta").abs()
-        rank = size.rank(method="ordinal", descending=True).over("point", "site")
+        rank = size.rank(method="ordinal", descending=True).over("point", "site", "name")
         counts = (rank <= n) & (size > 0)
         if self.benign:
             counts &= pl.col("outside")
         marked = rows.with_columns(counts.alias("counts"))
         tunes = pl.col("point").filter(pl.col("counts"))
-        wide = marked.group_by("site", "index", maintain_order=True).agg(
+        wide = marked.group_by("site", "index", "name", maintain_order=True).agg(
             pl.col("counts").sum().alias("shared_by"),
             tunes.str.join(", ").alias("tunes"),
             *(
@@ -184,15 +187,17 @@ class Timeline:
             )
 
 
-def latent_rows(site: str, tally: Tally, confidence: float) -> pl.DataFrame:
-    """One point's rows of a dictionary's latents, in the order of their numbers."""
+def latent_rows(reader: str, tally: Tally, confidence: float) -> pl.DataFrame:
+    """One point's rows of a dictionary's latents, in the order of their numbers; `reader` is its name."""
+    site = tally.site
+    label = reader.removeprefix(site).removeprefix("/") or None
     table = tally.table(confidence).sort("index")
     low, high = tally.benign_range() if tally.n_benign else (None, None)
     return _rows(
         table.with_columns(
             pl.lit("latent").alias("kind"),
             pl.lit(site).alias("site"),
-            pl.lit(None, dtype=pl.String).alias("name"),
+            pl.lit(label, dtype=pl.String).alias("name"),
         ),
         None if low is None else low.numpy(),
         None if high is None else high.numpy(),

@@ -55,7 +55,7 @@ def _line(drawn: go.Figure, its: list[Row], look: Any, steps: bool) -> None:
     if not kept:
         return
     first = kept[0]
-    name = plain(first.get("name") or latent_name(first))
+    name = plain(_name(first))
     x = [_place(row, steps) for row in kept]
     low, high = (finite(first.get(side)) for side in ("benign_low", "benign_high"))
     if low is not None and high is not None and len(x) > 1:
@@ -78,6 +78,12 @@ def _line(drawn: go.Figure, its: list[Row], look: Any, steps: bool) -> None:
         customdata=[_facts(row, name) for row in kept],
         hovertemplate="%{customdata}<extra></extra>",
     )
+
+
+def _name(row: Row) -> str:
+    if row.get("kind") == "direction":
+        return str(row["name"])
+    return latent_name(row) + (f" ({row['name']})" if row.get("name") else "")
 
 
 def _place(row: Row, steps: bool) -> Any:

@@ -103,7 +103,9 @@ def _loaded(
     tuned: str | Path | PreTrainedModel | LanguageModel,
     options: dict[str, Any],
 ) -> ModelPair:
-    first = load_model(base, **options)
+    # a base in memory is where it is: a map is for what is still to be loaded
+    own: dict[str, Any] = {"device_map": None} if isinstance(base, LanguageModel) else {}
+    first = load_model(base, **(options | own))
     adapter = None
     if isinstance(tuned, str | Path):  # the base that an adapter names is not asked for: it may be gone
         adapter = str(tuned) if is_adapter(tuned) else resolve(tuned).adapter

@@ -1,15 +1,17 @@
-"""Train a BatchTopK dictionary on a base model's activations, with sae-lens's own training class
-and trainer.
+"""Train a dictionary on a base model's activations, with sae-lens's own training classes and trainer.
 
-Bussmann et al. 2024 (BatchTopK), Gao et al. 2024 (auxiliary loss for dead latents). Departures,
-each because pocket-sized runs have hundreds of steps and not hundreds of thousands:
+The kinds are those of `architectures`; by default BatchTopK (Bussmann et al. 2024) with the auxiliary
+loss for dead latents (Gao et al. 2024). Departures, each because pocket-sized runs have hundreds of steps
+and not hundreds of thousands:
 
 - `b_dec` starts at the mean activation instead of 0.
 - The window after which a silent latent counts as dead (and is revived by the auxiliary loss) is a
   share of the run; sae-lens's default of 1,000 steps would never end.
-- The inference threshold is not the trainer's moving average (`topk_threshold_lr` 0.01 lags behind
-  the weights and starts at 0) but set after training so that exactly `k` latents fire a token on
-  average, on tokens it was trained on. What was reached on tokens it never saw is in the metadata.
+- The inference threshold of a BatchTopK or Matryoshka dictionary is not the trainer's moving average
+  (`topk_threshold_lr` 0.01 lags behind the weights and starts at 0) but set after training so that exactly
+  `k` latents fire a token on average, on tokens it was trained on.
+
+What was reached on tokens that it never saw is in the metadata.
 
 Not covered: several dictionaries in one pass, crosscoders, training on more than one device.
 """
@@ -26,7 +28,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+from sae_lens import BatchTopKTrainingSAE, TrainingSAE
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.saes.sae import SAEMetadata, TrainStepOutput
@@ -37,6 +39,7 @@ from persona_probe.artifact import atomic_folder, check_replaceable, digest_of
 from persona_probe.errors import InputError, MismatchError, NonFiniteError
 from persona_probe.hooks.sites import parse_site
 from persona_probe.model.language_model import LanguageModel
+from persona_probe.sae.architectures import Architecture, check_sparsity, new_sae, sparsity
 from persona_probe.sae.checkpoints import Checkpoints
 from persona_probe.sae.encode import decode, encode
 from persona_probe.sae.feed import Feed
@@ -72,8 +75,10 @@ class TrainingFigures:
 
     explained_variance: float
     """1 - sum ||x - x_hat||^2 / sum ||x - mean||^2, with the saved threshold."""
-    explained_variance_batchtopk: float
-    """The same with training's rule (the k best per token on average, within the batch)."""
+    explained_variance_batchtopk: float | None
+    """The same with training's rule (the k best per token on average, within the batch); None where that
+    is also the rule of the saved one.
+    """
     l0: float
     """Latents that fire on a token, with the saved threshold."""
     dead: float
@@ -87,8 +92,10 @@ def train_sae(
     site: str,
     out: str | os.PathLike[str],
     *,
+    architecture: Architecture = "batchtopk",
     d_sae: int | None = None,
-    k: int = 16,
+    k: int | None = None,
+    l1: float | None = None,
     steps: int | None = None,
     batch_tokens: int = 1024,
     lr: float | None = None,
@@ -99,16 +106,18 @@ def train_sae(
     checkpoint_seconds: float = 300.0,
     progress: Callable[[TrainingProgress], None] | None = None,
 ) -> Dictionary:
-    """Train on `activations` of `site` and save to the folder `out`, which sae-lens opens as a
-    JumpReLU SAE.
+    """Train on `activations` of `site` and save to the folder `out`, which sae-lens opens (what BatchTopK
+    and Matryoshka training makes as a JumpReLU SAE).
 
     `activations` is a `TokenSource` (a store's, or what a model makes of documents when it is needed:
     see `stored_tokens` and `live_tokens`), one tensor (drawn in shuffled passes) or an iterable of
     chunks (mixed in a buffer; not restarted, so `steps` must be given and there must be enough of
-    it). `d_sae` defaults to 8 d_model, `steps` to one pass, `lr` to 4e-3 sqrt(1536 / d_sae) (found at
-    1,536 latents and 600 steps); it warms up over a twentieth of the run and falls to 0 over the
-    last fifth. `model` is where the activations come from: its name and the digest of its weight files
-    are recorded, so that the dictionary is refused on another model; a source knows it by itself.
+    it). `architecture` is one of `architectures`: how sparse it is to be is told by `k` (16 by default),
+    or by `l1` (0.2 sqrt(d_model)) for those that take a price. `d_sae` defaults to 8 d_model, `steps` to
+    one pass, `lr` to 4e-3 sqrt(1536 / d_sae) (found at 1,536 latents and 600 steps); it warms up over a
+    twentieth of the run and falls to 0 over the last fifth. `model` is where the activations come from:
+    its name and the digest of its weight files are recorded, so that the dictionary is refused on another
+    model; a source knows it by itself.
 
     A run on a source can be killed: called again with the same settings it goes on from its last
     checkpoint (one every `checkpoint_seconds`, in a hidden folder beside `out`), to the same weights
@@ -121,13 +130,15 @@ def train_sae(
     settings), `NonFiniteError`.
     """
     parse_site(site)
-    check_settings(d_sae, k, steps, batch_tokens, lr, seed)
+    check_sparsity(architecture, k, l1)
+    check_settings(d_sae, steps, batch_tokens, lr, seed)
     out = Path(out)
     source = activations if isinstance(activations, TokenSource) else None
     run: dict[str, Any] = {}
     if source is not None:
-        asked = {"d_sae": d_sae, "k": k, "steps": steps, "batch_tokens": batch_tokens, "lr": lr, "seed": seed}
-        run = {"site": site, **asked, "data": source.digest}
+        asked = {"steps": steps, "batch_tokens": batch_tokens, "lr": lr, "seed": seed}
+        kind = {"architecture": architecture, "d_sae": d_sae, "k": k, "l1": l1}
+        run = {"site": site, **kind, **asked, "data": source.digest}
         if source.site != site:
             raise MismatchError(
                 f"these are activations of {source.site}, not of {site}", fix=f"site={source.site!r}"
@@ -143,19 +154,22 @@ def train_sae(
         else:
             feed = Feed(activations, batch_tokens, steps, device)
         width = feed.held_out.shape[1]
-        d_sae = latents_for(width, d_sae, k)
+        sparse = sparsity(architecture, k, l1, width)
+        d_sae = latents_for(width, d_sae, sparse.get("k", 0))
         if lr is None:
             lr = 4e-3 * math.sqrt(1536 / d_sae)
         settings: dict[str, Any] = {
+            "architecture": architecture,
             "d_sae": d_sae,
-            "k": k,
+            **sparse,
             "steps": feed.steps,
             "batch_tokens": batch_tokens,
             "lr": lr,
             "seed": seed,
         }
         metadata = SAEMetadata(hook_name=site, **_made_from(model, source))
-        sae = _new_sae(width, d_sae, k, device, metadata)
+        (amount,) = sparse.values()
+        sae = new_sae(architecture, width, d_sae, amount, steps=feed.steps, device=device, metadata=metadata)
         trainer = SAETrainer(
             cfg=_trainer_config(feed.steps, batch_tokens, lr, device), sae=sae, data_provider=feed
         )
@@ -179,10 +193,10 @@ def train_sae(
 
 
 def check_settings(
-    d_sae: int | None, k: int, steps: int | None, batch_tokens: int, lr: float | None, seed: int
+    d_sae: int | None, steps: int | None, batch_tokens: int, lr: float | None, seed: int
 ) -> None:
     """Raise `InputError` for a setting that no training can have, whatever it trains on."""
-    for name, value in {"d_sae": d_sae, "k": k, "steps": steps, "batch_tokens": batch_tokens}.items():
+    for name, value in {"d_sae": d_sae, "steps": steps, "batch_tokens": batch_tokens}.items():
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
     if lr is not None and not (math.isfinite(lr) and lr > 0):
@@ -191,12 +205,12 @@ def check_settings(
         raise InputError(f"seed must be from 0 to {2**32 - 1}, got {seed}")
 
 
-def latents_for(d_model: int, d_sae: int | None, k: int) -> int:
+def latents_for(d_model: int, d_sae: int | None, k: float) -> int:
     """`d_sae`, or 8 d_model where it is None. Raises `InputError` where `k` are not fewer."""
     latents = 8 * d_model if d_sae is None else d_sae
     if k >= latents:
         raise InputError(
-            f"k must be from 1 to d_sae - 1 = {latents - 1}, got {k}", fix="raise d_sae, or lower k"
+            f"k must be from 1 to d_sae - 1 = {latents - 1}, got {k:g}", fix="raise d_sae, or lower k"
         )
     return latents
 
@@ -208,13 +222,14 @@ def _finish(
     settings: dict[str, Any],
     overwrite: bool,
 ) -> Dictionary:
-    sae: BatchTopKTrainingSAE = trainer.sae
+    sae: TrainingSAE[Any] = trainer.sae
     scale = trainer.activation_scaler.scaling_factor
     assert scale is not None
     trainer.activation_scaler.scaling_factor = None
     sae.fold_activation_norm_scaling_factor(scale)
     sae.eval()
-    sae.topk_threshold.fill_(_threshold(sae, feed.recent(), int(settings["k"])))
+    if isinstance(sae, BatchTopKTrainingSAE):
+        sae.topk_threshold.fill_(_threshold(sae, feed.recent(), int(settings["k"])))
     return _save(sae, out, feed, settings, overwrite)
 
 
@@ -232,18 +247,6 @@ def _made_from(model: LanguageModel | None, source: TokenSource | None) -> dict[
     if source is not None:
         return {"model_name": source.model_name, "model_digest": source.model_digest}
     return {"model_name": None, "model_digest": None}
-
-
-def _new_sae(d_model: int, d_sae: int, k: int, device: str, metadata: SAEMetadata) -> BatchTopKTrainingSAE:
-    config = BatchTopKTrainingSAEConfig(
-        d_in=d_model,
-        d_sae=d_sae,
-        k=k,
-        device=device,
-        normalize_activations="expected_average_only_in",
-        metadata=metadata,
-    )
-    return BatchTopKTrainingSAE(config)
 
 
 def _trainer_config(steps: int, batch_tokens: int, lr: float, device: str) -> SAETrainerConfig:
@@ -317,7 +320,7 @@ def _threshold(sae: BatchTopKTrainingSAE, x: Float[Tensor, "token d_model"], k: 
 
 
 def _save(
-    sae: BatchTopKTrainingSAE, out: Path, feed: Feed | PooledFeed, settings: dict[str, Any], overwrite: bool
+    sae: TrainingSAE[Any], out: Path, feed: Feed | PooledFeed, settings: dict[str, Any], overwrite: bool
 ) -> Dictionary:
     with atomic_folder(out, overwrite=overwrite, known_by=_KNOWN_BY) as folder:
         sae.save_inference_model(folder)
@@ -332,21 +335,24 @@ def _save(
 
 
 @torch.no_grad()
-def _measure(sae: BatchTopKTrainingSAE, dictionary: Dictionary, feed: Feed | PooledFeed) -> TrainingFigures:
+def _measure(sae: TrainingSAE[Any], dictionary: Dictionary, feed: Feed | PooledFeed) -> TrainingFigures:
     x = feed.held_out
     dictionary = dictionary.to(x.device)
     codes = encode(dictionary, x)
     total = float((x - x.mean(dim=0)).double().square().sum())
     left = float((x - decode(dictionary, codes)).double().square().sum())
-    # training's rule ranks within a batch, so it is measured in batches of training's size
-    left_training = sum(
-        float((part - sae.decode(sae.encode(part))).double().square().sum())
-        for part in x.split(feed.batch_tokens)
-    )
+    by_batches: float | None = None
+    if isinstance(sae, BatchTopKTrainingSAE):
+        # its rule ranks within a batch, so it is measured in batches of training's size
+        missed = sum(
+            float((part - sae.decode(sae.encode(part))).double().square().sum())
+            for part in x.split(feed.batch_tokens)
+        )
+        by_batches = 1 - missed / total if total > 0 else math.nan
     fired = codes.latent_index.bincount(minlength=dictionary.d_sae)
     return TrainingFigures(
         explained_variance=1 - left / total if total > 0 else math.nan,
-        explained_variance_batchtopk=1 - left_training / total if total > 0 else math.nan,
+        explained_variance_batchtopk=by_batches,
         l0=len(codes.value) / x.shape[0],
         dead=float((fired == 0).double().mean()),
         held_out_tokens=x.shape[0],

@@ -236,14 +236,15 @@ def test_a_tokenizer_that_differs_is_shown_with_its_document() -> None:
 
 def test_a_dot_in_a_datasets_name_is_a_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
-    asked: list[str] = []
+    asked: list[tuple[str, str | None]] = []
 
-    def load_dataset(name: str) -> Any:
-        asked.append(name)
+    def load_dataset(name: str, config: str | None) -> Any:
+        asked.append((name, config))
         return datasets.Dataset.from_list([{"text": "hello there"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert len(read_documents("someone/chats-2.5").rows) == 1
     with pytest.raises(MissingPathError, match=r"there is no file or folder someone/chats\.json"):
         read_documents("someone/chats.json")
-    assert asked == ["someone/chats-2.5"]
+    read_documents("someone/chats-2.5:english")
+    assert asked == [("someone/chats-2.5", None), ("someone/chats-2.5", "english")]

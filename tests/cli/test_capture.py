@@ -72,7 +72,7 @@ def test_a_plan_writes_nothing(data: Path, tmp_path: Path) -> None:
         (["--model", "M", "--site", SITE, "--field", "prompt"], "no row of"),
         (["--model", "M", "--site", SITE, "--context", "-5"], "context must be at least 1"),
         (["--model", "M", "--site", SITE, "--context", "129"], "at most the 128"),
-        (["--model", "M", "--site", SITE, "--batch-tokens", "0"], "batch_tokens must be at least 1"),
+        (["--model", "M", "--site", SITE, "--batch-tokens", "0"], "greater than or equal to 1"),
     ],
 )
 def test_bad_calls_say_what_is_wrong(words: list[str], said: str, data: Path, tmp_path: Path) -> None:

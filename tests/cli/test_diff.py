@@ -8,6 +8,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import datasets
 import polars as pl
 import pytest
 from click.testing import Result
@@ -62,7 +63,7 @@ def test_diff_of_questions(inputs: dict[str, str], tmp_path: Path) -> None:
             "--questions", inputs["questions"], "--max-new-tokens", "5", "--out", str(out))  # fmt: skip
     result = run(*call, "--top", "3")
     assert result.exit_code == 0, result.output
-    assert "(left out: 0 special tokens, 0 sinks)" in result.stdout
+    assert "(left out: 0 special tokens, 0 of them BOS; 0 sinks)" in result.stdout
     assert "llama → llama-lora-1" in result.stdout and "described, not tested" in result.stdout
     assert sum(line.startswith("#") for line in result.stdout.splitlines()) == 3
     found = LatentDiff.load(out / SITE)
@@ -78,6 +79,46 @@ def test_diff_of_questions(inputs: dict[str, str], tmp_path: Path) -> None:
     assert planned["conversations"] == 4 and planned["models"] == 3
 
 
+def test_two_dictionaries_of_one_site_have_a_folder_each(inputs: dict[str, str], tmp_path: Path) -> None:
+    peer("topk", site=SITE, d_in=32, d_sae=24).save_model(tmp_path / "wide")
+    saes = ("--sae", inputs["sae"], "--sae", str(tmp_path / "wide"))
+    call = ("--base", BASE, *saes, "--data", inputs["chats"])
+    out = tmp_path / "diff"
+    result = run("diff", "--tuned", TUNED, *call, "--out", str(out))
+    assert result.exit_code == 0 and f"{SITE}/wide" in result.stdout, result.output
+    assert [len(LatentDiff.load(out / SITE / name).table) for name in ("sae", "wide")] == [20, 24]
+    assert verify(out).holds
+    twice = run("diff", "--tuned", TUNED, *call, "--sae", inputs["sae"], "--out", str(tmp_path / "b"))
+    assert twice.exit_code == 2 and "are the same dictionary" in twice.stderr
+    tunes = ("--checkpoints", TUNED, "--checkpoints", OTHER)
+    followed = run("timeline", *tunes, *call, "--out", str(tmp_path / "timeline"))
+    assert followed.exit_code == 0 and "(wide)" in followed.stdout, followed.output
+
+
+def test_which_tokens_are_read_is_as_told(inputs: dict[str, str], tmp_path: Path) -> None:
+    """Of a saved dataset's split, another column, a context and the first tokens under the mask."""
+    texts = [f"hello there {i} and again" for i in range(5)]
+    saved = datasets.DatasetDict({"validation": datasets.Dataset.from_dict({"body": texts})})
+    saved.save_to_disk(tmp_path / "data")
+    data = ("--data", str(tmp_path / "data"), "--split", "validation", "--field", "body", "--context", "6")
+    tokens = ("--mask", "all", "--skip-first", "1", "--first-k", "2")
+    call = ("diff", "--base", BASE, "--tuned", TUNED, "--sae", inputs["sae"], *data, *tokens)
+    found = run(*call, "--json", "--device-map", "cpu", "--out", str(tmp_path / "out"))
+    assert found.exit_code == 0, found.output
+    told = json.loads(found.stdout)[SITE]
+    assert told["tokens"] == 10 and told["skipped"] == 5 * 6 - told["special"] - 10
+    assert told["mask"]["first_k"] == 2 and told["mask"]["skip_first"] == 1
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())["settings"]
+    assert (settings["split"], settings["field"], settings["context"]) == ("validation", "body", 6)
+    tunes = ("--checkpoints", TUNED, "--checkpoints", OTHER)
+    followed = run("timeline", *tunes, *call[1:3], *call[5:], "--out", str(tmp_path / "timeline"))
+    assert followed.exit_code == 0 and "10 tokens of 5 conversations" in followed.stdout, followed.output
+    fits = run("sae", "validity", *call[1:], "--json")
+    assert fits.exit_code == 0 and json.loads(fits.stdout)[0]["tokens"] == 10, fits.output
+    wrong = run(*call, "--split", "train", "--out", str(tmp_path / "b"))
+    assert wrong.exit_code == 2 and "has no split 'train'; it has validation" in wrong.stderr
+
+
 def test_shares_and_one_by_one_come_to_the_same(inputs: dict[str, str], tmp_path: Path) -> None:
     call = ("diff", "--base", BASE, "--tuned", TUNED, "--sae", inputs["sae"], "--data", inputs["chats"])
     whole = run(*call, "--out", str(tmp_path / "whole"))
@@ -91,6 +132,26 @@ def test_shares_and_one_by_one_come_to_the_same(inputs: dict[str, str], tmp_path
     ]
     assert tables[0].equals(tables[2])
     assert tables[0].equals(tables[1])
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning")
+def test_on_a_ray_cluster_the_shell_writes_the_same(inputs: dict[str, str], tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray")
+    call = ("--base", BASE, "--sae", inputs["sae"], "--data", inputs["chats"])
+    tunes = ("--checkpoints", TUNED, "--checkpoints", OTHER)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    try:
+        for engine in ("local", "ray"):
+            how = ("--engine", engine, *(("--actors", "2") if engine == "ray" else ()))
+            read = run("diff", "--tuned", TUNED, *call, *how, "--out", str(tmp_path / engine / "diff"))
+            assert read.exit_code == 0, read.output
+            followed = run("timeline", *tunes, *call, *how, "--out", str(tmp_path / engine / "timeline"))
+            assert followed.exit_code == 0, followed.output
+    finally:
+        ray.shutdown()
+    for name in (f"diff/{SITE}/latents.parquet", "timeline/timeline/timeline.parquet"):
+        tables = [pl.read_parquet(tmp_path / engine / name) for engine in ("local", "ray")]
+        assert tables[0].equals(tables[1]) and len(tables[0])
 
 
 def test_a_store_of_a_pair_is_diffed_without_its_models(inputs: dict[str, str], tmp_path: Path) -> None:
@@ -156,7 +217,7 @@ def test_timeline_of_a_run(inputs: dict[str, str], tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "step 10" in result.stdout and "2 checkpoints" in result.stdout
     told = json.loads((tmp_path / "out/timeline/timeline.json").read_text())
-    said = f"{told['tokens']} tokens of 6 conversations (left out: {told['special']} special tokens, 0 sinks)"
+    said = f"{told['tokens']} tokens of 6 conversations (left out: {told['special']} special tokens, "
     assert said in result.stdout and told["special"] > 0
     assert (tmp_path / "out/timeline/timeline.html").is_file()
     assert len(pl.read_parquet(tmp_path / "out/timeline/timeline.parquet")) == 40

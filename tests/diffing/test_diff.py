@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -123,6 +124,20 @@ def test_several_dictionaries_in_one_pass_equal_one_at_a_time(
         assert together[sae.site].validity == alone.validity
 
 
+def test_several_dictionaries_of_one_site_are_told_apart_by_their_folders(
+    pair: ModelPair, texts: list[Rendered], clusters: list[str]
+) -> None:
+    narrow = replace(random_dictionary("topk", seed=3), path="saes/width_16k/block_1")
+    wide = replace(random_dictionary(), path="saes/width_65k/block_1")
+    other = random_dictionary("topk", site=OTHER, seed=4)
+    together = diff(pair, [narrow, other, wide], texts, clusters)
+    assert list(together) == [f"{SITE}/width_16k-block_1", OTHER, f"{SITE}/width_65k-block_1"]
+    for found, sae in zip(together.values(), [narrow, other, wide], strict=True):
+        alone = diff(pair, sae, texts, clusters)
+        assert found.dictionary is sae and found.table.equals(alone.table)
+        assert found.validity == alone.validity and torch.equal(found.means.mean, alone.means.mean)
+
+
 def test_the_dictionary_is_judged_on_the_same_tokens(
     found: LatentDiff, pair: ModelPair, texts: list[Rendered]
 ) -> None:
@@ -215,8 +230,8 @@ def test_what_does_not_belong_together_is_refused(
         diff(pair, random_dictionary(), texts, clusters[:3])
     with pytest.raises(MismatchError, match="same architecture"):
         diff(pair, random_dictionary(), texts, benign=[_wider()])
-    with pytest.raises(InputError, match="two dictionaries"):
-        diff(pair, [random_dictionary(), random_dictionary(seed=1)], texts)
+    with pytest.raises(InputError, match="are the same dictionary"):
+        diff(pair, [random_dictionary(), random_dictionary()], texts)
     with pytest.raises(InputError, match="no dictionary"):
         diff(pair, [], texts)
     with pytest.raises(InputError, match="nothing to read"):

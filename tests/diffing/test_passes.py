@@ -14,7 +14,7 @@ from persona_probe.activations.masks import TokenMask
 from persona_probe.diffing import passes as module
 from persona_probe.diffing.diff import Differences, diff
 from persona_probe.diffing.latent_diff import LatentDiff
-from persona_probe.diffing.passes import Opening, Pass, Reading, pass_of, weights_of
+from persona_probe.diffing.passes import Opening, Pass, Placement, Reading, pass_of, weights_of
 from persona_probe.errors import InputError
 from persona_probe.execution import Results, Share, UnfinishedError, Worker, run_local
 from persona_probe.execution.ray import _join, run_ray
@@ -43,12 +43,12 @@ def one_by_one(pair: ModelPair) -> list[Pass]:
 
 
 def _pass(pair: ModelPair, models: Sequence[LanguageModel]) -> Pass:
-    return pass_of(pair.base, models, {SITE: SAE}, MASK, None, pair.base.device, None)
+    return pass_of(pair.base, models, {SITE: SAE}, MASK, None, Placement(pair.base.device))
 
 
 def result(reading: Reading) -> LatentDiff:
     reading.check_any()
-    found = Differences([SAE], ("base", "tuned"), "base", MASK)
+    found = Differences({SITE: SAE}, ("base", "tuned"), "base", MASK)
     for _, groups in reading.shards():
         found.add(*groups)
     return found.results(reading.missing)[SITE]
@@ -193,7 +193,7 @@ def test_a_ray_cluster_gives_the_bits_of_one_process(
     sae.save_model(tmp_path / "sae")
     base, tuned = str(checkpoint_of("llama")), str(adapter_of("llama", 1))
     dictionary = load_sae(tmp_path / "sae")
-    paths = Opening(base, (base, tuned), {SITE: dictionary}, MASK, device="cpu")
+    paths = Opening(base, (base, tuned), {SITE: dictionary}, MASK, None, Placement(torch.device("cpu")))
     bad = [*texts, Rendered((5, 6, 1_000_000, 8), (False, False, True, True), 2)]
     files: list[dict[str, bytes]] = []
     for name, engine, open_models in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -18,7 +19,7 @@ from persona_probe.diffing.trajectory import Probe, Timeline
 from persona_probe.errors import InputError, MissingPathError
 from persona_probe.model import LanguageModel, ModelPair
 from persona_probe.model.chat import Rendered
-from tests.diffing.conftest import random_dictionary
+from tests.diffing.conftest import SITE, random_dictionary
 from tests.model.tiny_models import adapter_of, checkpoint_of
 
 SAE = random_dictionary()
@@ -118,6 +119,29 @@ def test_tunes_by_name_and_what_they_share(
     assert found.points[0].step is None and found.table["outside"].null_count() == len(found.table)
     with pytest.raises(InputError, match="benign"):
         found.first()
+
+
+def test_several_dictionaries_of_one_site_and_a_direction_there(
+    base: LanguageModel, texts: list[Rendered], clusters: list[str]
+) -> None:
+    saes = [replace(SAE, path="a/narrow"), replace(random_dictionary("topk", seed=9), path="a/wide")]
+    tunes = {name: adapter_of("llama", seed) for name, seed in (("a", 1), ("b", 2))}
+    probe = Probe(SITE, PROBE.vector)
+    found = timeline(base, tunes, saes, texts, clusters, directions={"v": probe})
+    for name, sae in zip(("narrow", "wide"), saes, strict=True):
+        alone = timeline(base, tunes, sae, texts, clusters)
+        rows = found.table.filter((pl.col("kind") == "latent") & (pl.col("name") == name))
+        assert rows.drop("name").equals(alone.table.drop("name"))
+        assert alone.table["name"].null_count() == len(alone.table)
+        assert found.of(3, SITE, name)["delta"].equals(alone.of(3)["delta"])
+        ours, theirs = found.shared(4).filter(pl.col("name") == name), alone.shared(4)
+        assert ours.select(theirs.drop("name").columns).equals(theirs.drop("name"))
+    means = mean_difference([base, base.with_adapter(tunes["a"])], texts, clusters, [SITE])[SITE]
+    unit = PROBE.vector.double() / PROBE.vector.double().norm()
+    row = found.table.filter((pl.col("kind") == "direction") & (pl.col("point") == "a")).row(0, named=True)
+    assert row["delta"] == pytest.approx(means.projected_shift(unit)[0], abs=1e-5)
+    drawn = {trace.name for trace in found.plot(40).data}
+    assert "v" in drawn and any("(narrow)" in name for name in drawn if name)
 
 
 def test_whole_checkpoints_are_loaded_one_by_one(texts: list[Rendered], base: LanguageModel) -> None:

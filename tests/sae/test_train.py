@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from sae_lens import SAE
 from torch import Tensor
 
 from persona_probe.errors import InputError, MismatchError, NonFiniteError, UnknownSiteError
+from persona_probe.sae.architectures import PRICED, Architecture
 from persona_probe.sae.encode import decode, encode, encode_dense
 from persona_probe.sae.load import check_fits, load_sae
 from persona_probe.sae.train import TrainingProgress, train_sae
@@ -78,6 +80,40 @@ def test_sae_lens_opens_it_and_gives_the_same_numbers(trained: Path) -> None:
     ours = load_sae(trained)
     torch.testing.assert_close(encode_dense(ours, x), theirs.encode(x), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(decode(ours, encode(ours, x)), theirs(x), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("architecture", [a for a in get_args(Architecture) if a != "batchtopk"])
+def test_every_architecture_is_sparse_opens_in_sae_lens_and_explains(
+    architecture: Architecture, tmp_path: Path
+) -> None:
+    amount = {"l1": 0.4} if architecture in PRICED else {"k": K}
+    found = train(tmp_path / "sae", activations(), architecture=architecture, **{"k": None, **amount})
+    fresh = activations(2000, seed=2)
+    codes = encode_dense(found, fresh)
+    l0 = float((codes > 0).sum(dim=1).float().mean())
+    figures = found.meta["training"]
+    assert figures["architecture"] == architecture and figures["explained_variance"] > 0.6
+    assert l0 == pytest.approx(figures["l0"], rel=0.05)
+    assert l0 == pytest.approx(K, rel=0.35) if architecture not in PRICED else 1 < l0 < D_SAE / 2
+    assert (figures["explained_variance_batchtopk"] is None) == (architecture != "matryoshka")
+    theirs = SAE.load_from_disk(tmp_path / "sae")
+    torch.testing.assert_close(decode(found, encode(found, fresh)), theirs(fresh), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"architecture": "gated", "k": 3}, "a gated dictionary takes l1, not k"),
+        ({"architecture": "topk", "l1": 3.0}, "a topk dictionary takes k, not l1"),
+        ({"architecture": "standard", "l1": -1.0}, "l1 must be a finite number above 0"),
+    ],
+)
+def test_what_an_architecture_does_not_take_is_refused(
+    said: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        train_sae(activations(100), SITE, tmp_path / "sae", **said)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
 
 
 def test_settings_are_recorded(trained: Path) -> None:
