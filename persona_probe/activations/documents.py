@@ -334,4 +334,7 @@ def _nothing(name: str, problems: Sequence[Problem], long: int) -> InputError:
             f"every document of {name} is longer than the context",
             fix="cut or split them: --too-long truncate or split (in Python, too_long=)",
         )
-    return InputError(f"there is no document in {name}")
+    return InputError(
+        f"there is no document in {name}",
+        fix="a document is a row with messages or text (or the column that --field names), or a line of .txt",
+    )

@@ -16,7 +16,6 @@ import typer
 import typer.main
 from typer.core import TyperCommand, TyperGroup
 
-from persona_probe.cli.allocator import keep_freed_memory
 from persona_probe.cli.console import out, show_error
 from persona_probe.errors import BusyError, InputError, JudgeError, MissingExtraError, PersonaProbeError
 
@@ -155,9 +154,3 @@ def _build() -> typer.Typer:
 
 
 app = _build()
-
-
-def main() -> None:
-    """The entry point of `persona-probe`."""
-    keep_freed_memory()
-    app(prog_name="persona-probe")

@@ -105,6 +105,7 @@ def evaluate(
             fix="give the one or the others",
         )
     from persona_probe.artifact import shipped
+    from persona_probe.evaluation.judging.spending import Budget
     from persona_probe.evaluation.request import EvaluationRequest
     from persona_probe.evaluation.settings import Sampling
 
@@ -153,6 +154,8 @@ def evaluate(
     if max_new_tokens is None:
         request.check_paths()
         request = request.within_context()
+    if budget is not None:
+        Budget.parse(budget)  # before anything is read, and for a plan too
     if plan:
         _show_plan(request, as_json)
         return

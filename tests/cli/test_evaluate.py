@@ -122,6 +122,8 @@ def test_a_plan_draws_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     narrow = run(*call, "--width", "0.02")
     assert "warning: " in narrow.stdout and "not 0.02" in narrow.stdout.replace("\n", " ")
     assert "accept" not in narrow.stdout, "a plan goes on anyway"
+    unread = run(*call, "--budget", "a few")
+    assert unread.exit_code == 2 and "a budget is a number of calls (2000) or dollars" in unread.stderr
     assert not (tmp_path / "o").exists()
 
 

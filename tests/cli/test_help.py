@@ -143,6 +143,29 @@ def test_an_error_becomes_a_message_and_an_exit_code(error: str, code: int, said
     assert done.stdout == ""
 
 
+def test_ctrl_c_while_the_shell_is_still_loading_is_no_traceback() -> None:
+    program = (
+        "import sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'persona_probe.cli.app':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        "from persona_probe.cli import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+
+
+def test_freed_memory_is_kept_where_the_library_can() -> None:
+    import platform
+
+    from persona_probe.cli.allocator import keep_freed_memory
+
+    assert keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
+
+
 @pytest.mark.parametrize("error", ["InputError('bad flag')", "ZeroDivisionError('oops')"])
 def test_debug_shows_the_traceback(error: str) -> None:
     done = run_raising(error, debug="1")

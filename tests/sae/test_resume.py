@@ -8,7 +8,7 @@ import os
 import signal
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from sae_lens import SAE
 from persona_probe.activations import TokenMask, capture
 from persona_probe.errors import InputError, MismatchError
 from persona_probe.model import Rendered
+from persona_probe.sae.architectures import PRICED, Architecture
 from persona_probe.sae.load import Dictionary, check_fits, load_sae
 from persona_probe.sae.pools import Cursor, PooledFeed
 from persona_probe.sae.source import TokenSource, live_tokens, stored_tokens
@@ -98,6 +99,17 @@ def test_a_run_that_stopped_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     # what is measured on, the pool that the run was in, and the next
     assert len(asked) <= 3 * len(stored().sizes)
     assert [entry.name for entry in tmp_path.iterdir()] == ["sae"]
+
+
+@pytest.mark.parametrize("architecture", [a for a in get_args(Architecture) if a != "batchtopk"])
+def test_every_architecture_is_taken_up_where_it_was(architecture: Architecture, tmp_path: Path) -> None:
+    amount = {"k": None, "l1": 0.5} if architecture in PRICED else {}
+    settings: dict[str, Any] = {**FAST, **amount, "architecture": architecture}
+    whole = train_sae(stored(), SITE, tmp_path / "whole", **settings)
+    out = tmp_path / "sae"
+    with pytest.raises(Stop):
+        train_sae(stored(), SITE, out, **settings, checkpoint_seconds=0.0, progress=stop_at(50))
+    assert train_sae(stored(), SITE, out, **settings).digest == whole.digest
 
 
 @pytest.mark.parametrize("syncs", [3, 12, 40, 41, 42])
