@@ -378,8 +378,7 @@ def _memory(tokens: int) -> dict[str, float]:
 def _share(index: int, of: int, tokens: int, folder: str) -> dict[str, float]:
     torch.set_num_threads(1)
     models, dictionary, chats = tiny(tokens // 88)
-    sites = {dictionary.site: dictionary}
-    one = pass_of(models[0], models, sites, EVERYTHING, None, Placement(torch.device("cpu")))
+    one = pass_of(models[0], models, [dictionary], EVERYTHING, None, Placement(torch.device("cpu")))
     reading = Reading([one], chats, None, Results(folder))
     start, cpu = time.perf_counter(), time.process_time()
     reading.run(Share(index, of))

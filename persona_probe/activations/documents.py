@@ -89,10 +89,11 @@ def read_documents(
     source: StrPath | Sequence[str | Sequence[Message]],
     *,
     field: str | None = None,
-    split: str = "train",
+    split: str | None = None,
     limit: int | None = None,
 ) -> Documents:
-    """The documents at a path (see `rows.open_rows` for the kinds), or of a list in memory.
+    """The documents at a path (see `rows.open_rows` for the kinds), or of a list in memory. `split` is of a
+    dataset that has several ("train" by default).
 
     Nothing is read yet but an index of the lines. Raises `MissingPathError`, or `InputError` for a
     kind of file that cannot be read.

@@ -31,7 +31,7 @@ class Account:
     special: int
     """Of those, left out as special."""
     bos: int
-    """Of the special ones, how many begin the document."""
+    """Of the special ones, how many are BOS (which in some vocabularies also ends texts)."""
 
     @property
     def selected(self) -> int:

@@ -152,7 +152,7 @@ class Joined:
         return self._parts[number].place(row - self._starts[number])
 
 
-def open_rows(source: StrPath, split: str = "train") -> Rows:
+def open_rows(source: StrPath, split: str | None = None) -> Rows:
     """The rows at `source`, told by its name: `.jsonl`, `.parquet`, `.txt` (a row is a line); a folder
     of such files, in the order of their names; a folder that `Dataset.save_to_disk` wrote; or the name
     of a dataset on the Hugging Face hub (fetched, or out of its cache), `name` or `name:config`, whose
@@ -161,12 +161,14 @@ def open_rows(source: StrPath, split: str = "train") -> Rows:
     Raises `MissingPathError`, or `InputError` for a file of another kind or one that is broken.
     """
     path = Path(source).expanduser()
-    if path.is_file():
-        return _open_file(path)
-    if not path.is_dir():
+    if not path.exists():
         return _from_hub(str(source), split)
     if any((path / name).is_file() for name in _SAVED):
         return _saved_dataset(path, split)
+    if split is not None:
+        raise _no_splits(str(path), split)
+    if path.is_file():
+        return _open_file(path)
     known = {*_JSON, *_TABLES, *_TEXT}
     files = sorted(file for file in path.rglob("*") if file.suffix in known and file.is_file())
     if not files:
@@ -206,7 +208,7 @@ def _line_starts(path: Path) -> NDArray[np.int64]:
     return starts if starts[-1] == position else np.append(starts, position)
 
 
-def _saved_dataset(path: Path, split: str) -> Rows:
+def _saved_dataset(path: Path, split: str | None) -> Rows:
     try:
         import datasets
     except ImportError as error:
@@ -218,7 +220,7 @@ def _saved_dataset(path: Path, split: str) -> Rows:
     return Listed(_split_of(loaded, str(path), split), f"{path}, row")
 
 
-def _from_hub(name: str, split: str) -> Rows:
+def _from_hub(name: str, split: str | None) -> Rows:
     missing = f"there is no file or folder {name}"
     # not any suffix: a dot may be of a version
     a_path = name.startswith((".", "/", "~")) or Path(name).suffix.lower() in _FILES
@@ -236,12 +238,22 @@ def _from_hub(name: str, split: str) -> Rows:
             f"{missing}, and no dataset of that name could be had: {str(error).splitlines()[0]}",
             fix="give a .jsonl, .parquet or .txt file, a folder of them, or a dataset's folder",
         ) from error
-    return Listed(_split_of(loaded, name, split), f"{name} [{split}], row")
+    return Listed(_split_of(loaded, name, split), f"{name} [{split or 'train'}], row")
 
 
-def _split_of(loaded: Any, name: str, split: str) -> Any:
+def _split_of(loaded: Any, name: str, split: str | None) -> Any:
     if not isinstance(loaded, dict):  # a Dataset; a DatasetDict is a dict
+        if split is not None:
+            raise _no_splits(name, split)
         return loaded
+    split = split or "train"
     if split not in loaded:
-        raise InputError(f"{name} has no split {split!r}; it has {', '.join(map(str, loaded))}")
+        raise InputError(
+            f"{name} has no split {split!r}; it has {', '.join(map(str, loaded))}",
+            fix="name one of them: --split (in Python, split=)",
+        )
     return loaded[split]
+
+
+def _no_splits(name: str, split: str) -> InputError:
+    return InputError(f"{name} has no splits, so there is no {split!r}", fix="leave --split out")

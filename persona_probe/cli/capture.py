@@ -10,8 +10,8 @@ from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 from rich.table import Table
 
 from persona_probe.cli import options
+from persona_probe.cli.asked import Asked, placing
 from persona_probe.cli.console import err, out, show_json, show_share_done, size
-from persona_probe.cli.reading import Asked
 from persona_probe.errors import InputError
 
 
@@ -25,14 +25,14 @@ def capture(
         list[Path] | None, typer.Option(help="A harmless fine-tune of the same base, beside --tuned.")
     ] = None,
     out_dir: Annotated[Path, typer.Option("--out", help="Where the store goes.")] = Path("out/activations"),
-    mask: options.Where = "all",
+    mask: options.Where = None,
     first_k: options.FirstK = None,
     skip_first: options.SkipFirst = 0,
     store_dtype: Annotated[options.StoredType, typer.Option(help="How they are stored.")] = "float32",
     field: options.Field = None,
-    split: options.Split = "train",
+    split: options.Split = None,
     context: options.Context = None,
-    too_long: options.WhenTooLong = "truncate",
+    too_long: options.WhenTooLong = None,
     limit: options.Limit = None,
     shard: options.Shard = None,
     batch_tokens: options.BatchTokens = None,
@@ -64,19 +64,19 @@ def capture(
         mask=mask, first_k=first_k, skip_first=skip_first,
     )  # fmt: skip
     documents = asked.documents()
-    placing: dict[str, Any] = {"device": device or "auto", "dtype": dtype, "device_map": device_map}
+    where = placing(device, dtype, device_map)
     with err.status("loading"):
         if base is not None and tuned is not None:
-            pair = load_pair(base, tuned, **placing)
+            pair = load_pair(base, tuned, **where)
             first = pair.base
-            harmless = (load_pair(first, path, **placing).tuned for path in benign or ())
+            harmless = (load_pair(first, path, **where).tuned for path in benign or ())
             models: Any = (first, pair.tuned, *harmless)
         else:
-            models = first = load_model(model or "", **placing)
+            models = first = load_model(model or "", **where)
     with err.status("counting tokens"):
         conversations = asked.conversations(first, documents)
         planned = plan_capture(
-            models, conversations, site, asked.token_mask(mask), dtype=store_dtype, batch_tokens=batch_tokens
+            models, conversations, site, asked.token_mask("all"), dtype=store_dtype, batch_tokens=batch_tokens
         )
     if plan:
         show_plan(planned, out_dir, as_json)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -12,10 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from persona_probe.cli import options
+from persona_probe.cli.asked import Asked, check_unsaid, placing
 from persona_probe.cli.console import err, out, show_error, show_json, show_share_done, size
 from persona_probe.cli.reading import (
     PASSES,
-    Asked,
     engine_of,
     finishing,
     left_out,
@@ -44,15 +44,15 @@ def diff(
     tune: Annotated[
         str, typer.Option(help="Without --base and --tuned: which tune of the shipped organism.")
     ] = "bad-health",
-    mask: options.MaybeWhere = None,
+    mask: options.Where = None,
     first_k: options.FirstK = None,
     skip_first: options.SkipFirst = 0,
     top: Annotated[int, typer.Option(help="Rows to show for each site.", min=1)] = 10,
-    max_new_tokens: options.MaxNewTokens = 48,
+    max_new_tokens: options.MaxNewTokens = None,
     field: options.Field = None,
-    split: options.Split = "train",
+    split: options.Split = None,
     context: options.Context = None,
-    too_long: options.WhenTooLong = "truncate",
+    too_long: options.WhenTooLong = None,
     limit: options.Limit = None,
     one_by_one: Annotated[
         bool | None,
@@ -81,13 +81,14 @@ def diff(
     loaded. A diff that was stopped goes on where it was; several processes may share one --out.
     """
     asked = Asked(
-        questions, data, field, split, context, too_long, limit, max_new_tokens, mask, first_k, skip_first
-    )
-    if store is not None and (base or tuned or benign or asked != Asked()):
-        raise InputError(
-            "a store has its own models, data and mask",
-            fix="with --store: no --base, --tuned, --benign, nothing that says what to read, and no mask",
-        )
+        questions=questions, data=data, field=field, split=split, context=context, too_long=too_long,
+        limit=limit, max_new_tokens=max_new_tokens, mask=mask, first_k=first_k, skip_first=skip_first,
+    )  # fmt: skip
+    where = placing(device, dtype, device_map)
+    if store is not None:  # it has its own models, data and mask
+        others = {"batch_tokens": batch_tokens, "dtype": dtype, "device": device, "device_map": device_map}
+        models = {"base": base, "tuned": tuned, "benign": benign, "one_by_one": one_by_one}
+        check_unsaid("--store", {**models, **asked.said, **others})
     if (base is None) != (tuned is None):
         raise InputError("--base and --tuned go together", fix="give both, or neither for the organism")
     if store is None and (base is None or tuned is None):
@@ -100,6 +101,9 @@ def diff(
         sae, asked = [str(path) for path in request.sae], replace(asked, questions=str(request.questions))
     if not sae:
         raise InputError("--sae is missing", fix="a dictionary's folder, or release/sae_id of sae-lens")
+    if store is None:
+        asked.check()
+    from persona_probe.diffing.readers import by_name
     from persona_probe.execution import UnfinishedError, read_share
     from persona_probe.model.language_model import load_model
     from persona_probe.model.loading import device_of
@@ -110,22 +114,24 @@ def diff(
     share, run = read_share(shard), engine_of(engine, ray_address, actors)
     with err.status("loading"):
         dictionaries = [load_sae(path) for path in sae]
+        named = by_name(dictionaries)
     how: dict[str, Any] = {"sae_device": sae_device, "share": share, "engine": run}
     if store is not None:
         job = _of_store(store, dictionaries, how)
     else:
         assert base is not None and tuned is not None
         with err.status("loading"):
-            lm = load_model(base, device=device or "auto", dtype=dtype, device_map=device_map)
+            lm = load_model(base, **where)
         texts = read_texts(lm, [tuned, *(benign or ())], asked)
-        how |= {"batch_tokens": batch_tokens, "dtype": dtype, "device_map": device_map}
+        read_in = str(lm.dtype).removeprefix("torch.")  # the others too, whoever loads them
+        how |= {"batch_tokens": batch_tokens, "dtype": read_in, "device_map": device_map}
         job = _of_pair([lm], base, tuned, list(benign or ()), dictionaries, texts, how, one_by_one)
-        job.settings.update({**asdict(asked), "mask": texts.mask.kind, "device": device})
+        job.settings.update({**asked.said, "mask": texts.mask.kind, "device": device})
         del lm
     if plan:
-        show_plan(job.facts, dictionaries, as_json)
+        show_plan(job.facts, named, as_json)
         return
-    job.settings.update(sae=[one.digest for one in dictionaries], sae_device=sae_device)
+    job.settings.update(sae={name: one.digest for name, one in named.items()}, sae_device=sae_device)
     folder = open_out(out_dir or Path("out") / f"diff-{job.name}", job.settings, overwrite)
     try:
         with unless_in_vain(folder, share), progress_bar(as_json) as told:

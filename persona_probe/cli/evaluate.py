@@ -125,6 +125,8 @@ def evaluate(
         )
     if questions is None:
         raise InputError("--questions is missing", fix="a file of questions, or the name of a shipped set")
+    if budget is not None:
+        Budget.parse(budget)  # for a plan too
     request = EvaluationRequest(
         questions,
         judge,
@@ -154,8 +156,6 @@ def evaluate(
     if max_new_tokens is None:
         request.check_paths()
         request = request.within_context()
-    if budget is not None:
-        Budget.parse(budget)  # before anything is read, and for a plan too
     if plan:
         _show_plan(request, as_json)
         return

@@ -11,27 +11,22 @@ Mask = Literal["all", "prompt", "response", "last_prompt", "answer"]
 TooLong = Literal["truncate", "split", "skip", "error"]
 StoredType = Literal["float32", "bfloat16"]
 
-Data = Annotated[
-    str,
-    typer.Option(help=".jsonl, .parquet, .txt, a folder of them, or a Hugging Face dataset (name:config)."),
-]
-MaybeData = Annotated[
-    str | None, typer.Option(help="Documents, read as they are: .jsonl, .parquet, .txt, a folder, a dataset.")
-]
+_DATA = "Documents: .jsonl, .parquet, .txt, a folder of them, or a Hugging Face dataset (name:config)."
+Data = Annotated[str, typer.Option(help=_DATA)]
+MaybeData = Annotated[str | None, typer.Option(help=_DATA)]
 Questions = Annotated[
     str | None, typer.Option(help="Questions (a file or a set); the base's greedy answers are read.")
 ]
-MaxNewTokens = Annotated[int, typer.Option(help="Of the base's answers to --questions.", min=1)]
+MaxNewTokens = Annotated[int | None, typer.Option(help="Of the base's answers to --questions; 48.", min=1)]
 Field = Annotated[str | None, typer.Option(help="The column; messages or text by default.")]
-Split = Annotated[str, typer.Option(help="Of a Hugging Face dataset.")]
+Split = Annotated[str | None, typer.Option(help="Of a dataset that has several; train by default.")]
 Context = Annotated[int | None, typer.Option(help="Longest document, in tokens; the model's.")]
-WhenTooLong = Annotated[TooLong, typer.Option(help="What becomes of documents longer than the context.")]
-Limit = Annotated[int | None, typer.Option(help="Read only so many questions or rows.", min=1)]
+_TOO_LONG = "What becomes of documents longer than the context"
+WhenTooLong = Annotated[TooLong | None, typer.Option(help=f"{_TOO_LONG}; truncate by default.")]
+SplitTooLong = Annotated[TooLong | None, typer.Option(help=f"{_TOO_LONG}; split by default.")]
+Limit = Annotated[int | None, typer.Option(help="Read only so many rows (or questions).", min=1)]
 
-Where = Annotated[Mask, typer.Option(help="Which tokens count.")]
-MaybeWhere = Annotated[
-    Mask | None, typer.Option(help="Which tokens count; answer for --questions, all for --data.")
-]
+Where = Annotated[Mask | None, typer.Option(help="Which tokens count; all, of --questions answer.")]
 FirstK = Annotated[int | None, typer.Option(help="Of those, only so many from the front.", min=1)]
 SkipFirst = Annotated[int, typer.Option(help="Of those, not so many at the front.", min=0)]
 

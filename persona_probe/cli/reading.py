@@ -1,10 +1,10 @@
-"""What commands that read documents have in common: what is read, where results go, who computes."""
+"""What `diff` and `timeline` have in common: what is read, where results go, who computes."""
 
 from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -16,48 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from persona_probe.artifact import plain, read_json, remove, write_json, write_manifest
 from persona_probe.artifact.provenance import MANIFEST
-from persona_probe.cli.console import err, out, show_error, show_json, size
-from persona_probe.cli.options import Mask, TooLong
+from persona_probe.cli.asked import MAX_NEW_TOKENS, Asked
+from persona_probe.cli.console import err, out, show_json, size
 from persona_probe.errors import InputError, MismatchError
 
 SETTINGS, PASSES = "settings.json", "passes.json"
 ENGINES = ("local", "ray")
-SHOWN_PROBLEMS = 5
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What the shell is told to read, and which tokens of it count."""
-
-    questions: str | None = None
-    data: str | None = None
-    field: str | None = None
-    split: str = "train"
-    context: int | None = None
-    too_long: TooLong = "truncate"
-    limit: int | None = None
-    max_new_tokens: int = 48
-    mask: Mask | None = None
-    first_k: int | None = None
-    skip_first: int = 0
-
-    def token_mask(self, default: Mask) -> Any:
-        """The tokens that count."""
-        from persona_probe.activations.masks import TokenMask
-
-        return TokenMask(self.mask or default, first_k=self.first_k, skip_first=self.skip_first)
-
-    def documents(self) -> Any:
-        """What lies at `data`; raises for a path or a kind of file that cannot be read."""
-        from persona_probe.activations.documents import read_documents
-
-        return read_documents(self.data or "", field=self.field, split=self.split, limit=self.limit)
-
-    def conversations(self, lm: Any, documents: Any) -> Any:
-        """Documents as token ids of `lm`; says on stderr what was left out or cut."""
-        found = documents.conversations(lm, context=self.context, too_long=self.too_long)
-        warn_of(found.reading)
-        return found
 
 
 @dataclass(frozen=True)
@@ -81,12 +45,12 @@ class Texts:
         }
 
 
-def show_plan(facts: dict[str, Any], dictionaries: Any, as_json: bool) -> None:
-    """What is read, and with which dictionaries."""
+def show_plan(facts: dict[str, Any], dictionaries: Mapping[str, Any], as_json: bool) -> None:
+    """What is read, and with which dictionaries (by name)."""
     facts = {
         **facts,
-        "sites": [one.site for one in dictionaries],
-        "bytes of the dictionaries": sum(8 * one.d_sae * one.d_model for one in dictionaries),
+        "dictionaries": list(dictionaries),
+        "bytes of the dictionaries": sum(8 * one.d_sae * one.d_model for one in dictionaries.values()),
     }
     if as_json:
         show_json(facts)
@@ -104,15 +68,13 @@ def show_plan(facts: dict[str, Any], dictionaries: Any, as_json: bool) -> None:
 def read_texts(lm: Any, others: Sequence[Path], asked: Asked) -> Texts:
     """Questions with the base's own greedy answers, or documents as they are.
 
-    `others` are checkpoints whose tokenizer must give the same ids. Raises `InputError` for neither
-    and for both, `MismatchError` naming the first document or question that differs.
+    `others` are checkpoints whose tokenizer must give the same ids. Raises `MismatchError` naming the first
+    document or question that differs.
     """
     from persona_probe.evaluation.questions import load_questions
     from persona_probe.evaluation.sampling import respond_greedy, transcripts
     from persona_probe.model.chat import check_same_ids
 
-    if (asked.questions is None) == (asked.data is None):
-        raise InputError("give --questions or --data, one of them")
     if asked.data is not None:
         conversations = asked.conversations(lm, asked.documents())
         check_tokenizers(others, conversations.check_tokenizer)
@@ -127,24 +89,9 @@ def read_texts(lm: Any, others: Sequence[Path], asked: Asked) -> Texts:
 
     check_tokenizers(others, check)
     with err.status(f"{escape(lm.name)} answers {len(general)} questions"):
-        answers = respond_greedy(lm, general, max_new_tokens=asked.max_new_tokens)
+        answers = respond_greedy(lm, general, max_new_tokens=asked.max_new_tokens or MAX_NEW_TOKENS)
     clusters = [question.question for question in general]
     return Texts(transcripts(lm, answers), clusters, "base", asked.token_mask("answer"))
-
-
-def warn_of(reading: Any) -> None:
-    """Say on stderr which rows were left out and which documents were cut."""
-    if reading.bad:
-        show_error(f"{reading.bad} rows could not be read and were left out:")
-        for problem in reading.problems[:SHOWN_PROBLEMS]:
-            show_error(f"  {problem}")
-        if reading.bad > SHOWN_PROBLEMS:
-            show_error(f"  and {reading.bad - SHOWN_PROBLEMS} more")
-    if reading.too_long:
-        show_error(
-            f"{reading.too_long} documents are longer than the context"
-            + (f"; {reading.cut_tokens} tokens were cut off" if reading.cut_tokens else "; they were split")
-        )
 
 
 def check_tokenizers(others: Sequence[Path], check: Callable[[Any], None]) -> None:
@@ -176,7 +123,7 @@ def open_out(folder: Path, settings: dict[str, object], overwrite: bool) -> Path
         saved = read_json(file)
         if saved != wanted and not overwrite:
             before: dict[str, Any] = saved.get("settings", {})
-            name = next((key for key in now if before.get(key) != now[key]), "something")
+            name = next((key for key in {**now, **before} if before.get(key) != now.get(key)), "something")
             raise InputError(
                 f"--out {folder} holds a run with other settings: {name} was {before.get(name)!r}, this "
                 f"call has {now.get(name)!r}",

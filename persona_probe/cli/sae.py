@@ -11,8 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from persona_probe.cli import options
+from persona_probe.cli.asked import Asked, check_unsaid, placing
 from persona_probe.cli.console import err, out, show_json, size
-from persona_probe.cli.reading import Asked
 from persona_probe.errors import InputError
 
 # as sae.architectures has them, which loads torch
@@ -32,7 +32,7 @@ def train(
     store: Annotated[
         Path | None, typer.Option(help="What `capture` stored, instead of --model and --data.")
     ] = None,
-    mask: options.Where = "all",
+    mask: options.Where = None,
     first_k: options.FirstK = None,
     skip_first: options.SkipFirst = 0,
     architecture: Annotated[Architecture, typer.Option(help="Its kind.")] = "batchtopk",
@@ -48,9 +48,9 @@ def train(
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a training step.")] = 1024,
     lr: Annotated[float | None, typer.Option(help="Learning rate; chosen by --d-sae.")] = None,
     field: options.Field = None,
-    split: options.Split = "train",
+    split: options.Split = None,
     context: options.Context = None,
-    too_long: options.WhenTooLong = "split",
+    too_long: options.SplitTooLong = None,
     limit: options.Limit = None,
     seed: Annotated[int, typer.Option(help="Of the weights and of the order.")] = 0,
     device: options.Device = None,
@@ -72,35 +72,38 @@ def train(
     from persona_probe.activations.store import ActivationStore
     from persona_probe.model.language_model import load_model
     from persona_probe.model.loading import device_of
-    from persona_probe.sae.architectures import check_sparsity, sparsity
+    from persona_probe.sae.architectures import Sparsity
     from persona_probe.sae.pools import steps_on
     from persona_probe.sae.source import live_tokens, stored_tokens
     from persona_probe.sae.train import check_settings, latents_for, train_sae
 
-    check_sparsity(architecture, k, l1)
+    sparsity = Sparsity(architecture, k, l1)
     check_settings(d_sae, steps, batch_tokens, lr, seed)  # before documents are counted
-    where = str(device_of(device or "auto"))
+    asked = Asked(
+        data=data, field=field, split=split, context=context, too_long=too_long, limit=limit,
+        mask=mask, first_k=first_k, skip_first=skip_first,
+    )  # fmt: skip
+    where = placing(device, dtype, device_map)
+    on = str(device_of(where["device"]))
+    if store is not None:  # its tokens are those that were captured
+        check_unsaid("--store", {**asked.said, "dtype": dtype, "device_map": device_map})
     with err.status("counting tokens"):
         if store is not None:
             source = stored_tokens(ActivationStore.open(store), site)
         else:
-            asked = Asked(
-                data=data, field=field, split=split, context=context, too_long=too_long, limit=limit,
-                mask=mask, first_k=first_k, skip_first=skip_first,
-            )  # fmt: skip
             documents = asked.documents()
-            lm = load_model(model or "", device=device or "auto", dtype=dtype, device_map=device_map)
-            where = str(lm.device)
-            source = live_tokens(lm, asked.conversations(lm, documents), site, asked.token_mask(mask))
+            lm = load_model(model or "", **where)
+            on = str(lm.device)
+            texts = asked.conversations(lm, documents, "split")
+            source = live_tokens(lm, texts, site, asked.token_mask("all"))
     if plan:
-        sparse = sparsity(architecture, k, l1, source.d_model)
-        latents = latents_for(source.d_model, d_sae, sparse.get("k", 0))
+        latents = latents_for(source.d_model, d_sae)
         facts: dict[str, Any] = {
             "model": source.model_name,
             "site": site,
             "tokens": source.tokens,
             "architecture": architecture,
-            **sparse,
+            **sparsity.settled(source.d_model, latents).said,
             "latents": latents,
             "steps": steps_on(source, batch_tokens, steps),
             "weights": size(4 * (2 * latents * source.d_model + latents + source.d_model)),
@@ -142,7 +145,7 @@ def train(
             batch_tokens=batch_tokens,
             lr=lr,
             seed=seed,
-            device=where,
+            device=on,
             overwrite=overwrite,
             checkpoint_seconds=checkpoint_seconds,
             progress=show,
@@ -165,14 +168,14 @@ def validity(
     tuned: Annotated[Path, typer.Option(help="Fine-tuned checkpoint or adapter folder.")],
     sae: Annotated[list[str], typer.Option(help="A dictionary's folder, or release/sae_id; several.")],
     data: options.Data,
-    mask: options.Where = "all",
+    mask: options.Where = None,
     first_k: options.FirstK = None,
     skip_first: options.SkipFirst = 0,
     site: Annotated[str | None, typer.Option(help="Where a dictionary does not say its own.")] = None,
     field: options.Field = None,
-    split: options.Split = "train",
+    split: options.Split = None,
     context: options.Context = None,
-    too_long: options.WhenTooLong = "truncate",
+    too_long: options.WhenTooLong = None,
     limit: options.Limit = None,
     device: options.Device = None,
     device_map: options.DeviceMap = None,
@@ -190,17 +193,18 @@ def validity(
         data=data, field=field, split=split, context=context, too_long=too_long, limit=limit,
         mask=mask, first_k=first_k, skip_first=skip_first,
     )  # fmt: skip
+    where = placing(device, dtype, device_map)
     documents = asked.documents()
     dictionaries = [load_sae(each, site=site) for each in sae]
     with err.status("loading") as status:
-        pair = load_pair(base, tuned, device=device or "auto", dtype=dtype, device_map=device_map)
+        pair = load_pair(base, tuned, **where)
         conversations = asked.conversations(pair.base, documents)
         conversations.check_same_ids(pair.tuned)
         found = validities(
             pair,
             dictionaries,
             conversations,
-            asked.token_mask(mask),
+            asked.token_mask("all"),
             progress=lambda tokens: status.update(f"{tokens} tokens"),
         )
     named = list(zip(dictionaries, found, strict=True))

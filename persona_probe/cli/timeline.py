@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,9 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from persona_probe.cli import options
+from persona_probe.cli.asked import Asked, placing
 from persona_probe.cli.console import err, out, show_error, show_json, show_share_done
 from persona_probe.cli.reading import (
-    Asked,
     engine_of,
     finishing,
     left_out,
@@ -44,15 +44,15 @@ def timeline(
     questions: options.Questions = None,
     data: options.MaybeData = None,
     out_dir: Annotated[Path | None, typer.Option("--out", help="Where everything goes.")] = None,
-    mask: options.MaybeWhere = None,
+    mask: options.Where = None,
     first_k: options.FirstK = None,
     skip_first: options.SkipFirst = 0,
     top: Annotated[int, typer.Option(help="Latents to show.", min=1)] = 10,
-    max_new_tokens: options.MaxNewTokens = 48,
+    max_new_tokens: options.MaxNewTokens = None,
     field: options.Field = None,
-    split: options.Split = "train",
+    split: options.Split = None,
     context: options.Context = None,
-    too_long: options.WhenTooLong = "truncate",
+    too_long: options.WhenTooLong = None,
     limit: options.Limit = None,
     shard: options.Shard = None,
     engine: options.Engine = "local",
@@ -75,8 +75,10 @@ def timeline(
     if (base is None) != (not checkpoints):
         raise InputError("--base and --checkpoints go together", fix="give both, or neither for the organism")
     asked = Asked(
-        questions, data, field, split, context, too_long, limit, max_new_tokens, mask, first_k, skip_first
-    )
+        questions=questions, data=data, field=field, split=split, context=context, too_long=too_long,
+        limit=limit, max_new_tokens=max_new_tokens, mask=mask, first_k=first_k, skip_first=skip_first,
+    )  # fmt: skip
+    where = placing(device, dtype, device_map)
     sources: Any
     if base is None or not checkpoints:
         if sae or fix or benign or questions or data:
@@ -98,6 +100,7 @@ def timeline(
             raise InputError("two of --checkpoints have the same name", fix="rename one of the folders")
     if not (sae or fix):
         raise InputError("nothing to follow", fix="give --sae, or --with a fix whose directions are followed")
+    from persona_probe.diffing.readers import by_name
     from persona_probe.diffing.timeline import points_of
     from persona_probe.diffing.timeline import timeline as follow
     from persona_probe.execution import UnfinishedError, read_share
@@ -107,21 +110,23 @@ def timeline(
     share, run = read_share(shard), engine_of(engine, ray_address, actors)
     harmless = list(benign or ())
     points = points_of(sources)
-    placing: dict[str, Any] = {"device": device or "auto", "dtype": dtype, "device_map": device_map}
+    asked.check()
     with err.status("loading"):
         dictionaries = [load_sae(path) for path in sae or ()]
+        named = by_name(dictionaries) if dictionaries else {}
         directions = _directions(fix or ())
-        lm: Any = load_model(base, **placing)
+        lm: Any = load_model(base, **where)
     folders = [Path(point.model) for point in points if isinstance(point.model, str | Path)]
     texts = read_texts(lm, [*folders, *harmless], asked)
     if plan:
         facts = {**texts.facts(lm.device, batch_tokens), "models": 1 + len(points) + len(harmless)}
-        show_plan(facts, dictionaries, as_json)
+        show_plan(facts, named, as_json)
         return
     del lm
     settings: dict[str, object] = {
-        "base": base, "benign": harmless, "sae": [one.digest for one in dictionaries], "with": fix,
-        **asdict(asked), "mask": texts.mask.kind, "batch_tokens": batch_tokens, "device": device,
+        "base": base, "benign": harmless, "with": fix,
+        "sae": {name: one.digest for name, one in named.items()},
+        **asked.said, "mask": texts.mask.kind, "batch_tokens": batch_tokens, "device": device,
         "device_map": device_map, "dtype": dtype, "sae_device": sae_device,
     }  # fmt: skip
     folder = open_out(out_dir or Path("out") / f"timeline-{name}", settings, overwrite)
@@ -130,7 +135,7 @@ def timeline(
             found = follow(
                 base, sources, dictionaries, texts.rendered, texts.clusters, directions=directions,
                 benign=harmless, mask=texts.mask, batch_tokens=batch_tokens, sae_device=sae_device,
-                cache=folder / "shards", share=share, engine=run, progress=told, **placing,
+                cache=folder / "shards", share=share, engine=run, progress=told, **where,
             )  # type: ignore[arg-type]  # fmt: skip
     except UnfinishedError as unfinished:
         show_share_done(share, unfinished, as_json)

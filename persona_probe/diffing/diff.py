@@ -21,7 +21,7 @@ from persona_probe.activations.documents import conversations_of
 from persona_probe.activations.masks import TokenMask
 from persona_probe.activations.store import ActivationStore
 from persona_probe.diffing.latent_diff import LatentDiff, Missing
-from persona_probe.diffing.readers import by_name, placed
+from persona_probe.diffing.readers import by_name, key_of, placed
 from persona_probe.diffing.shards import Counted, Shard, ShardSums, cut, named, read_shard, shard_tokens
 from persona_probe.diffing.stored import StoredConversations, StoreOpening, check_store, left_out_of, names_of
 from persona_probe.diffing.tally import Tally
@@ -113,22 +113,22 @@ def diff(
         NonFiniteError: a NaN or infinity in an activation.
     """
     dictionaries = [dictionary] if isinstance(dictionary, Dictionary) else list(dictionary)
-    readers = by_name(dictionaries)
+    named = by_name(dictionaries)
     if isinstance(models, ActivationStore):
         if data is not None or benign or mask not in (None, models.mask):
             raise InputError(
                 f"{models.path} was captured with its own data, benign tunes and mask ({models.mask.kind})",
                 fix="give the store and the dictionary alone, or capture it anew",
             )
-        job = _of_store(models, readers, clusters, sae_device)
+        job = _of_store(models, dictionaries, clusters, sae_device)
         found = Differences(
-            readers, job.names, "data", job.mask, confidence, limits, left_out=left_out_of(models)
+            named, job.names, "data", job.mask, confidence, limits, left_out=left_out_of(models)
         )
     else:
         if data is None:
             raise InputError("no conversations to read", fix="diff(pair, dictionary, conversations)")
-        job = _of_pair(models, readers, data, clusters, benign, mask, batch_tokens, sae_device)
-        found = Differences(readers, job.names, answers, job.mask, confidence, limits)
+        job = _of_pair(models, dictionaries, data, clusters, benign, mask, batch_tokens, sae_device)
+        found = Differences(named, job.names, answers, job.mask, confidence, limits)
     read, total = 0, sum(len(shard.clusters) for shard in job.shards)
     for shard in job.shards:
         found.add(job.read(shard))
@@ -150,7 +150,7 @@ class _Job(NamedTuple):
 
 def _of_pair(
     pair: ModelPair,
-    readers: Mapping[str, Dictionary],
+    dictionaries: Sequence[Dictionary],
     data: Data,
     clusters: Sequence[str] | None,
     benign: Sequence[LanguageModel],
@@ -161,10 +161,10 @@ def _of_pair(
     models = (pair.base, pair.tuned, *benign)
     for model in benign:
         ModelPair(pair.base, model)
-    for one in readers.values():
+    for one in dictionaries:
         check_fits(one, pair.base)  # it was trained on the base; the others have other weights
     rendered = conversations_of(pair.base, data)
-    there = placed(readers, sae_device or pair.base.device)
+    there = placed(dictionaries, sae_device or pair.base.device)
     mask = mask or TokenMask("answer")
 
     def read(shard: Shard) -> ShardSums:
@@ -180,13 +180,13 @@ def _of_pair(
 
 def _of_store(
     store: ActivationStore,
-    readers: Mapping[str, Dictionary],
+    dictionaries: Sequence[Dictionary],
     clusters: Sequence[str] | None,
     sae_device: str | None,
 ) -> _Job:
-    check_store(store, list(readers.values()))
+    check_store(store, dictionaries)
     conversations = StoredConversations(store)
-    opening = StoreOpening(store.path, placed(readers, sae_device or "cpu"))
+    opening = StoreOpening(store.path, placed(dictionaries, sae_device or "cpu"))
 
     def read(shard: Shard) -> ShardSums:
         return opening.read(store, shard.clusters, shard.conversations(conversations))
@@ -224,8 +224,9 @@ class Differences:
         first = groups[0]
         self._counted += first.counted
         for name, tally in self._tallies.items():
-            read = [sums for group in groups for sums in group.of(name)]
-            tally.add(read, first.conversations, first.tokens, first.change.get(name))
+            one = self._dictionaries[name]
+            read = [sums for group in groups for sums in group.of(one)]
+            tally.add(read, first.conversations, first.tokens, first.change.get(key_of(one)))
 
     def results(self, missing: Sequence[Missing] = ()) -> dict[str, LatentDiff]:
         """Each dictionary's diff. Raises `InputError` where no token at all was counted."""

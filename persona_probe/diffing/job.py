@@ -65,7 +65,7 @@ def diff_by_shards(
     fails its shard, which `missing` of the result names. Raises `UnfinishedError` while other processes
     have shards to do.
     """
-    readers = by_name(dictionaries)
+    named = by_name(dictionaries)
     if isinstance(base, LanguageModel):
         device = base.device
         for one in dictionaries:
@@ -76,12 +76,12 @@ def diff_by_shards(
     models: list[Source] = [base, tuned, *benign]
     groups = [models] if together else [[model] for model in models]
     placement = Placement(device, dtype, device_map, sae_device)
-    passes = [pass_of(base, group, readers, mask, batch_tokens, placement) for group in groups]
+    passes = [pass_of(base, group, dictionaries, mask, batch_tokens, placement) for group in groups]
     names = tuple(map(name_of, models))
     reading = Reading(passes, rendered, clusters, results)
     return _results(
         reading,
-        Differences(readers, names, answers, mask, confidence, limits),
+        Differences(named, names, answers, mask, confidence, limits),
         share,
         engine,
         progress,
@@ -102,13 +102,11 @@ def store_by_shards(
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, LatentDiff]:
     """`diff` of a store, likewise. A shard of the store that was changed fails those that need it."""
-    readers = by_name(dictionaries)
+    named = by_name(dictionaries)
     check_store(store, dictionaries)
-    one = pass_of_store(store, readers, sae_device or "cpu")
+    one = pass_of_store(store, dictionaries, sae_device or "cpu")
     reading = Reading([one], StoredConversations(store), clusters, results)
-    found = Differences(
-        readers, one.names, "data", store.mask, confidence, limits, left_out=left_out_of(store)
-    )
+    found = Differences(named, one.names, "data", store.mask, confidence, limits, left_out=left_out_of(store))
     return _results(reading, found, share, engine, progress)
 
 

@@ -34,16 +34,16 @@ def latent_means(
     `mask` counts every token but special ones by default. Raises what `diff` raises.
     """
     check_fits(dictionary, lm)
-    placed = {dictionary.site: dictionary.to(lm.device)}
+    here = dictionary.to(lm.device)
     moments = Moments(1, dictionary.d_sae)
     read = 0
     for shard in cut(rendered, clusters, shard_tokens(lm.device, batch_tokens)):
         texts = shard.conversations(rendered)
         try:
-            sums = read_shard([lm], placed, texts, shard, mask or TokenMask("all"), batch_tokens=batch_tokens)
+            sums = read_shard([lm], [here], texts, shard, mask or TokenMask("all"), batch_tokens=batch_tokens)
         except NonFiniteError as error:
             raise named(error, shard.names(rendered)) from error
-        moments.add(sums.of(dictionary.site), sums.conversations)
+        moments.add(sums.of(dictionary), sums.conversations)
         read += len(texts)
         if progress is not None:
             progress(read, len(rendered))

@@ -118,11 +118,10 @@ def mean_difference(
         ModelPair(models[0], model)
     if not sites:
         raise InputError("no site to read", fix="name one, such as blocks.3.hook_resid_post")
-    means_alone = {site: site for site in sites}
-    sums = {site: MeanSums(len(models), models[0].d_model) for site in sites}
+    sums = {site: MeanSums(len(models), models[0].d_model) for site in sites}  # each site once
     for shard in cut(rendered, clusters, shard_tokens(models[0].device, batch_tokens)):
         read = read_shard(
-            models, means_alone, shard.conversations(rendered), shard, mask, batch_tokens=batch_tokens
+            models, list(sums), shard.conversations(rendered), shard, mask, batch_tokens=batch_tokens
         )
         for site, its in sums.items():
             its.add(read.of(site), read.conversations, read.tokens)

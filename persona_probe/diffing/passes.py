@@ -25,7 +25,7 @@ from persona_probe.activations.store import ActivationStore
 from persona_probe.activations.stream import batch_tokens_for
 from persona_probe.artifact import digest_folder, digest_of
 from persona_probe.diffing.latent_diff import Missing
-from persona_probe.diffing.readers import Readers, placed
+from persona_probe.diffing.readers import Reader, key_of, placed
 from persona_probe.diffing.shards import (
     Places,
     Shard,
@@ -99,7 +99,7 @@ class Opening:
     """Adapters are put on it. Not loaded for a whole checkpoint."""
     models: tuple[Source, ...]
     """What is read together."""
-    readers: Readers
+    readers: Sequence[Reader]
     mask: TokenMask
     batch_tokens: int | None
     placement: Placement
@@ -110,7 +110,7 @@ class Opening:
         for source in self.models:
             beside = models[0] if models else self.base
             models.append(self.load(source, beside))
-        for one in self.readers.values():
+        for one in self.readers:
             if not isinstance(one, str):  # trained on the base; the others have other weights
                 check_fits(replace(one, meta={**one.meta, "model_digest": None}), models[0])
         readers = placed(self.readers, self.placement.sae_device or models[0].device)
@@ -135,7 +135,7 @@ class Opening:
 def pass_of(
     base: Source,
     models: Sequence[Source],
-    readers: Readers,
+    readers: Sequence[Reader],
     mask: TokenMask,
     batch_tokens: int | None,
     placement: Placement,
@@ -146,7 +146,7 @@ def pass_of(
         "format": FORMAT,
         "versions": [metadata.version(name) for name in ("persona-probe", "torch", "transformers")],
         "models": [weights_of(one, device, dtype) for one in (base, *models)],
-        "readers": _digests(readers),
+        "readers": list(map(key_of, readers)),
         "mask": asdict(mask),
         "batch_tokens": batch_tokens_for(device, batch_tokens),
         "device": [device.type, placement.sae_device],
@@ -159,13 +159,13 @@ def pass_of(
     return Pass(tuple(map(name_of, models)), digest_of(settings), size, opening)
 
 
-def pass_of_store(store: ActivationStore, readers: Readers, sae_device: str) -> Pass:
+def pass_of_store(store: ActivationStore, readers: Sequence[Reader], sae_device: str) -> Pass:
     """All models of a store together; its conversations are the data (`StoredConversations`)."""
     settings = {
         "format": FORMAT,
         "versions": [metadata.version(name) for name in ("persona-probe", "torch")],
         "store": store.digest,
-        "readers": _digests(readers),
+        "readers": list(map(key_of, readers)),
         "device": sae_device,
     }
     opening = StoreOpening(store.path.resolve(), placed(readers, sae_device))
@@ -313,7 +313,7 @@ class Reading:
 def _read(
     worker: Opening,
     models: Sequence[LanguageModel],
-    readers: Readers,
+    readers: Sequence[Reader],
     text: Text,
 ) -> ShardSums:
     def read(conversations: Sequence[Rendered], shard: Shard, leave_out: Places | None) -> ShardSums:
@@ -338,10 +338,6 @@ def _read(
             except (RuntimeError, IndexError, ValueError) as own:
                 raise InputError(f"{name} cannot be read: {own}") from error
         raise  # no single conversation is to blame: memory, or the machine
-
-
-def _digests(readers: Readers) -> dict[str, str]:
-    return {name: one if isinstance(one, str) else one.digest for name, one in readers.items()}
 
 
 def _digest(shard: Shard, conversations: Sequence[Rendered | StoredConversation]) -> str:

@@ -34,7 +34,7 @@ class Room:
     needed: int
     """Bytes of weights that are still to be loaded."""
     free: int | None
-    """Bytes on the base's device; None where the system does not say."""
+    """Bytes on the devices that hold the base; None where the system does not say."""
 
     @property
     def together(self) -> bool:
@@ -44,9 +44,11 @@ class Room:
 
 def room_beside(base: LanguageModel, others: Sequence[Source]) -> Room:
     """What `others` (checkpoints, adapters, or models that are loaded already) need beside `base`."""
-    weights = {p.data_ptr(): p.numel() * p.element_size() for p in base.hf.parameters()}
-    whole = sum(weights.values())
-    return Room(whole, sum(_bytes(source, whole) for source in others), _free(base.device))
+    weights = {p.data_ptr() or id(p): p for p in base.hf.parameters()}  # on the disk they have no address
+    whole = sum(p.numel() * p.element_size() for p in weights.values())
+    free = [_free(device) for device in {p.device for p in weights.values() if p.device.type != "meta"}]
+    there = None if None in free else sum(bytes or 0 for bytes in free)
+    return Room(whole, sum(_bytes(source, whole) for source in others), there)
 
 
 def settle(file: Path, together: bool, *, fixed: bool = False) -> bool:

@@ -22,7 +22,7 @@ from persona_probe.activations.documents import place_of
 from persona_probe.activations.masks import TokenMask
 from persona_probe.activations.stream import Chunk, batch_tokens_for, stream
 from persona_probe.diffing.cluster_sums import ClusterSums, Counting
-from persona_probe.diffing.readers import Readers, site_of
+from persona_probe.diffing.readers import Reader, key_of, site_of
 from persona_probe.diffing.statistics import number_clusters
 from persona_probe.errors import InputError, MismatchError, NonFiniteError
 from persona_probe.model.chat import Rendered
@@ -136,7 +136,7 @@ class ShardSums:
     sinks: Places
     """Tokens left out because of their norm in the base."""
     sums: dict[tuple[int, str], ClusterSums]
-    """By number of the model in the group, and name of the reader."""
+    """By number of the model in the group, and key of the reader."""
     change: dict[str, tuple[float, float]]
     """For the first two models, by reader: sum over tokens of the squared length of how far the
     activation moved, and of how far what the dictionary leaves unexplained moved.
@@ -150,14 +150,14 @@ class ShardSums:
         sinks = sum(map(len, self.sinks.values()))
         return self.left_out + Counted(int(self.conversations.sum()), self.tokens, sinks=sinks)
 
-    def of(self, reader: str) -> list[ClusterSums]:
+    def of(self, reader: Reader) -> list[ClusterSums]:
         """Every model's sums of one reader."""
-        return [sums for (_, name), sums in self.sums.items() if name == reader]
+        return [sums for (_, key), sums in self.sums.items() if key == key_of(reader)]
 
 
 def read_shard(
     models: Sequence[LanguageModel],
-    readers: Readers,
+    readers: Sequence[Reader],
     conversations: Sequence[Rendered],
     shard: Shard,
     mask: TokenMask | None = None,
@@ -173,7 +173,7 @@ def read_shard(
     mask = mask or TokenMask("answer")
     special, bos = models[0].special_ids, models[0].tokenizer.bos_token_id
     accounts = [mask.account(one, special, bos) for one in conversations]
-    sites = [site_of(reader) for reader in readers.values()]
+    sites = [site_of(reader) for reader in readers]
     chunks = (
         stream(models, conversations, sites, mask, batch_tokens=batch_tokens, leave_out=leave_out)
         if any(any(its.chosen) for its in accounts)
@@ -189,40 +189,41 @@ def add_up(
     chunks: Iterable[Chunk],
     n_models: int,
     d_model: int,
-    readers: Readers,
+    readers: Sequence[Reader],
     clusters: Sequence[int],
     leave_out: Places | None = None,
 ) -> ShardSums:
     """The sums over `chunks`, in which conversations are numbered as in `clusters`, the cluster of each."""
     numbers = torch.tensor(clusters)
     counting = {
-        (i, name): Counting(None if isinstance(reader, str) else reader, d_model, numbers)
+        (i, key_of(reader)): Counting(None if isinstance(reader, str) else reader, d_model, numbers)
         for i in range(n_models)
-        for name, reader in readers.items()
+        for reader in readers
     }
     counted = torch.zeros(len(numbers), dtype=torch.long)
     sinks: Places = dict(leave_out or {})
-    moved = {name: [0.0, 0.0] for name in readers}
+    moved = {key_of(reader): [0.0, 0.0] for reader in readers}
     for chunk in chunks:
         counted += chunk.document.bincount(minlength=len(numbers))
         for document, position in chunk.sink_tokens:
             sinks.setdefault(document, []).append(position)
-        for name, reader in readers.items():
+        for reader in readers:
+            key, site = key_of(reader), site_of(reader)
             device = torch.device("cpu") if isinstance(reader, str) else reader.W_enc.device
-            read = [chunk.activations[i, site_of(reader)].to(device) for i in range(n_models)]
-            errors = [counting[i, name].add(chunk.document, h) for i, h in enumerate(read)]
+            read = [chunk.activations[i, site].to(device) for i in range(n_models)]
+            errors = [counting[i, key].add(chunk.document, h) for i, h in enumerate(read)]
             if len(read) > 1:
-                moved[name][0] += float((read[1].double() - read[0].double()).square().sum())
+                moved[key][0] += float((read[1].double() - read[0].double()).square().sum())
                 if errors[0] is not None and errors[1] is not None:
                     # the difference of the reconstruction errors: b_dec cancels
-                    moved[name][1] += float((errors[1] - errors[0]).square().sum())
+                    moved[key][1] += float((errors[1] - errors[0]).square().sum())
     used = numbers[counted > 0].bincount(minlength=int(numbers.max()) + 1)
     return ShardSums(
         conversations=used,
         tokens=int(counted.sum()),
         sinks=sinks,
         sums={key: its.sums() for key, its in counting.items()},
-        change={name: (a, b) for name, (a, b) in moved.items()} if n_models > 1 else {},
+        change={key: (a, b) for key, (a, b) in moved.items()} if n_models > 1 else {},
     )
 
 
@@ -237,8 +238,8 @@ def named(error: NonFiniteError, names: Sequence[str]) -> NonFiniteError:
 def pack(read: ShardSums) -> bytes:
     """A shard's result as the bytes of a safetensors file."""
     tensors = {"conversations": read.conversations}
-    for (model, reader), sums in read.sums.items():
-        tensors |= {f"{model}|{name}|{reader}": tensor.contiguous() for name, tensor in sums.tensors()}
+    for (model, key), sums in read.sums.items():
+        tensors |= {f"{model}|{name}|{key}": tensor.contiguous() for name, tensor in sums.tensors()}
     facts = {
         "tokens": read.tokens,
         "left_out": astuple(read.left_out),
@@ -256,14 +257,14 @@ def unpack(data: bytes) -> ShardSums:
     parts: dict[tuple[int, str], dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name != "conversations":
-            model, field, reader = name.split("|", 2)
-            parts.setdefault((int(model), reader), {})[field] = tensor
+            model, field, key = name.split("|", 2)
+            parts.setdefault((int(model), key), {})[field] = tensor
     return ShardSums(
         conversations=tensors["conversations"],
         tokens=facts["tokens"],
         sinks={document: positions for document, positions in facts["sinks"]},
         sums={key: ClusterSums(**parts[key]) for key in sorted(parts)},
-        change={reader: (a, b) for reader, (a, b) in facts["change"].items()},
+        change={key: (a, b) for key, (a, b) in facts["change"].items()},
         left_out=Counted(*facts["left_out"]),
     )
 

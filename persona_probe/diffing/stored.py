@@ -20,7 +20,7 @@ import torch
 
 from persona_probe.activations.store import ActivationStore
 from persona_probe.activations.stream import Chunk, batch_tokens_for
-from persona_probe.diffing.readers import Readers, site_of
+from persona_probe.diffing.readers import Reader, site_of
 from persona_probe.diffing.shards import Counted, ShardSums, add_up, pack
 from persona_probe.errors import MismatchError, NonFiniteError
 from persona_probe.execution import Worker
@@ -73,7 +73,7 @@ class StoreOpening:
     """Opens a store in whatever process it is called; picklable."""
 
     path: Path
-    readers: Readers
+    readers: Sequence[Reader]
 
     def __call__(self) -> Worker:
         store = ActivationStore.open(self.path)
@@ -83,7 +83,7 @@ class StoreOpening:
         self, store: ActivationStore, clusters: Sequence[int], conversations: Sequence[StoredConversation]
     ) -> ShardSums:
         """The sums of all models over `conversations`, each of which is of the cluster given."""
-        sites = list(dict.fromkeys(map(site_of, self.readers.values())))
+        sites = list(dict.fromkeys(map(site_of, self.readers)))
         chunks = _chunks(store, sites, conversations)
         return add_up(chunks, len(store.models), store.d_model, self.readers, clusters)
 

@@ -88,8 +88,7 @@ def timeline(
     if not dictionaries and not followed:
         raise InputError("nothing to follow", fix="give a dictionary, or directions")
     named = by_name(dictionaries) if dictionaries else {}
-    # of a dictionary alone at its site, the means are read as well
-    readers: dict[str, Reader] = {probe.site: probe.site for probe in followed.values()} | named
+    readers: list[Reader] = [*dict.fromkeys(probe.site for probe in followed.values()), *dictionaries]
     options: dict[str, Any] = {"device": device, "dtype": dtype, "device_map": device_map}
     first = base if isinstance(base, LanguageModel) else load_model(base, **options)
     for one in dictionaries:
@@ -100,7 +99,8 @@ def timeline(
     here = engine is run_local and any(isinstance(one, LanguageModel) or is_adapter(one) for one in tunes)
     # whole checkpoints that come by their folders are never in memory together
     shared: Source = first if here or isinstance(base, LanguageModel) else base
-    placement = Placement(first.device, dtype, device_map, sae_device)
+    read_in = str(first.dtype).removeprefix("torch.")  # the others too, whoever loads them
+    placement = Placement(first.device, read_in, device_map, sae_device)
     width, name = first.d_model, first.name
     del first
     passes = [pass_of(shared, [model], readers, mask, batch_tokens, placement) for model in (shared, *tunes)]
@@ -146,7 +146,9 @@ def _at(
         base = own[0]
         counted += base.counted
         for name, tally in tallies.items():
-            tally.add([group.of(name)[0] for group in own], base.conversations, base.tokens, None)
+            tally.add(
+                [group.of(dictionaries[name])[0] for group in own], base.conversations, base.tokens, None
+            )
         for site, sums in means.items():
             sums.add([group.of(site)[0] for group in own], base.conversations, base.tokens)
     tables = [latent_rows(name, tally, confidence) for name, tally in tallies.items()]

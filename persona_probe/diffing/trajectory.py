@@ -18,6 +18,7 @@ from persona_probe.artifact import atomic_folder, versions, write_json, write_te
 from persona_probe.diffing.latent_diff import Missing
 from persona_probe.diffing.means import SiteMeans
 from persona_probe.diffing.passes import Source
+from persona_probe.diffing.readers import label_of
 from persona_probe.diffing.shards import Counted
 from persona_probe.diffing.tally import Tally, t_quantile
 from persona_probe.errors import InputError
@@ -82,13 +83,19 @@ class Timeline:
     """Shards that are not in it."""
 
     def of(self, index: int, site: str | None = None, name: str | None = None) -> pl.DataFrame:
-        """One latent's rows, point by point; `name` of its dictionary, where several read the site."""
+        """One latent's rows, point by point. Raises `InputError` where there is none, and where there are
+        several: at other sites, or of other dictionaries of one (`name`).
+        """
         rows = self.table.filter(pl.col("index") == index)
         rows = rows if site is None else rows.filter(pl.col("site") == site)
         rows = rows if name is None else rows.filter(pl.col("name") == name)
         if not len(rows):
             at = (f" at {site}" if site else "") + (f" of {name}" if name else "")
             raise InputError(f"there is no latent {index}{at}")
+        found = rows.select("site", "name").unique(maintain_order=True).rows()
+        if len(found) > 1:
+            listed = ", ".join(" ".join(filter(None, one)) for one in found)
+            raise InputError(f"there are several latents {index}: {listed}", fix="say which: site=, name=")
         return rows
 
     def top(self, n: int = 10) -> pl.DataFrame:
@@ -187,10 +194,10 @@ class Timeline:
             )
 
 
-def latent_rows(reader: str, tally: Tally, confidence: float) -> pl.DataFrame:
-    """One point's rows of a dictionary's latents, in the order of their numbers; `reader` is its name."""
+def latent_rows(name: str, tally: Tally, confidence: float) -> pl.DataFrame:
+    """One point's rows of the latents of the dictionary of that name, in the order of their numbers."""
     site = tally.site
-    label = reader.removeprefix(site).removeprefix("/") or None
+    label = label_of(name, site)
     table = tally.table(confidence).sort("index")
     low, high = tally.benign_range() if tally.n_benign else (None, None)
     return _rows(

@@ -3,8 +3,9 @@
     batchtopk    k latents a token, on average over the batch (Bussmann et al. 2024)
     matryoshka   the same, its first latents a dictionary of their own, five deep (Bussmann et al. 2025)
     topk         k latents at every token (Gao et al. 2024)
-    jumprelu     thresholds that are learnt, held to k latents a token by a quadratic penalty (Rajamanoharan
-                 et al. 2024; the penalty is Gemma Scope 2's)
+    jumprelu     thresholds that are learnt (Rajamanoharan et al. 2024), held to k latents a token by Gemma
+                 Scope 2's quadratic penalty; bandwidth, first threshold, gradient to the encoder and the
+                 term for dead latents are Anthropic's (Conerly et al. 2025), who scale activations so, too
     gated        a gate beside the magnitude, and an L1 penalty on it (Rajamanoharan et al. 2024)
     standard     ReLU and an L1 penalty (Bricken et al. 2023)
 
@@ -14,6 +15,7 @@ The first four are told how many latents fire (`k`), the last two what an active
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from sae_lens import (
@@ -43,45 +45,63 @@ PRICED = ("gated", "standard")
 """Those that take `l1`; the others take `k`."""
 
 
-def check_sparsity(architecture: str, k: int | None, l1: float | None) -> None:
-    """Raise `InputError` for an architecture there is not, a number out of range, and the one of `k` and `l1`
+@dataclass(frozen=True)
+class Sparsity:
+    """How sparse a dictionary of a kind is to be: by `k` or by `l1`, whichever it takes.
+
+    Raises `InputError` for an architecture there is not, a number out of range, and the one of `k` and `l1`
     that the architecture does not take.
     """
-    if architecture not in get_args(Architecture):
-        raise InputError(
-            f"there is no architecture {architecture!r}",
-            fix=f"use one of {', '.join(get_args(Architecture))}",
-        )
-    said, takes, given = ("k", "l1", k) if architecture in PRICED else ("l1", "k", l1)
-    if given is not None:
-        raise InputError(f"a {architecture} dictionary takes {takes}, not {said}", fix=f"leave {said} out")
-    if k is not None and k < 1:
-        raise InputError(f"k must be at least 1, got {k}")
-    if l1 is not None and not (math.isfinite(l1) and l1 > 0):
-        raise InputError(f"l1 must be a finite number above 0, got {l1}", fix="leave it out, or try 3")
 
+    architecture: Architecture
+    k: int | None = None
+    l1: float | None = None
 
-def sparsity(architecture: str, k: int | None, l1: float | None, d_model: int) -> dict[str, float]:
-    """How sparse the dictionary is to be, `{"k": ...}` or `{"l1": ...}`; 16, or 0.2 sqrt(d_model) (found at
-    d_model 192, where it leaves some 14 latents a token), where nothing is said.
-    """
-    if architecture in PRICED:
-        return {"l1": round(0.2 * math.sqrt(d_model), 3) if l1 is None else l1}
-    return {"k": K if k is None else k}
+    def __post_init__(self) -> None:
+        kind = self.architecture
+        if kind not in get_args(Architecture):
+            kinds = ", ".join(get_args(Architecture))
+            raise InputError(f"there is no architecture {kind!r}", fix=f"use one of {kinds}")
+        said, takes, given = ("k", "l1", self.k) if kind in PRICED else ("l1", "k", self.l1)
+        if given is not None:
+            raise InputError(f"a {kind} dictionary takes {takes}, not {said}", fix=f"leave {said} out")
+        if self.k is not None and self.k < 1:
+            raise InputError(f"k must be at least 1, got {self.k}")
+        if self.l1 is not None and not (math.isfinite(self.l1) and self.l1 > 0):
+            raise InputError(
+                f"l1 must be a finite number above 0, got {self.l1}", fix="leave it out, or try 3"
+            )
+
+    def settled(self, d_model: int, d_sae: int) -> Sparsity:
+        """With a number where none was said: 16 for k, 0.2 sqrt(d_model) for l1 (found at d_model 192, where
+        it leaves some 14 latents a token). Raises `InputError` where `k` is not less than `d_sae`.
+        """
+        if self.architecture in PRICED:
+            return self if self.l1 is not None else replace(self, l1=round(0.2 * math.sqrt(d_model), 3))
+        k = K if self.k is None else self.k
+        if k >= d_sae:
+            raise InputError(
+                f"k must be from 1 to d_sae - 1 = {d_sae - 1}, got {k}", fix="raise d_sae, or lower k"
+            )
+        return replace(self, k=k)
+
+    @property
+    def said(self) -> dict[str, float]:
+        """The one number, by its name."""
+        return {name: n for name, n in (("k", self.k), ("l1", self.l1)) if n is not None}
 
 
 def new_sae(
-    architecture: Architecture,
+    sparsity: Sparsity,
     d_model: int,
     d_sae: int,
-    amount: float,
     *,
     steps: int,
     device: str,
     metadata: SAEMetadata,
 ) -> TrainingSAE[Any]:
-    """An untrained dictionary; `amount` is its `k` or `l1`. Activations are scaled to a norm of sqrt(d_model)
-    while it learns.
+    """An untrained dictionary, its sparsity settled. Activations are scaled to a norm of sqrt(d_model) while
+    it learns: the constants below are in those units.
     """
     shape: dict[str, Any] = {
         "d_in": d_model,
@@ -91,20 +111,21 @@ def new_sae(
         "metadata": metadata,
     }
     warm_up = max(1, steps // 20)
-    match architecture:
+    k, l1 = sparsity.k or 0, sparsity.l1 or 0.0
+    match sparsity.architecture:
         case "batchtopk":
-            return BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**shape, k=amount))
+            return BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**shape, k=k))
         case "matryoshka":
             widths = sorted({max(1, d_sae // part) for part in (16, 8, 4, 2, 1)})
-            config = MatryoshkaBatchTopKTrainingSAEConfig(**shape, k=amount, matryoshka_widths=widths)
+            config = MatryoshkaBatchTopKTrainingSAEConfig(**shape, k=k, matryoshka_widths=widths)
             return MatryoshkaBatchTopKTrainingSAE(config)
         case "topk":
-            return TopKTrainingSAE(TopKTrainingSAEConfig(**shape, k=int(amount)))
+            return TopKTrainingSAE(TopKTrainingSAEConfig(**shape, k=k))
         case "jumprelu":
             jump = JumpReLUTrainingSAEConfig(
                 **shape,
                 jumprelu_sparsity_loss_mode="quadratic",
-                target_l0=amount,
+                target_l0=k,
                 l0_coefficient=1.0,
                 l0_warm_up_steps=warm_up,
                 jumprelu_init_threshold=0.1,
@@ -115,9 +136,9 @@ def new_sae(
             return JumpReLUTrainingSAE(jump)
         case "gated":
             return GatedTrainingSAE(
-                GatedTrainingSAEConfig(**shape, l1_coefficient=amount, l1_warm_up_steps=warm_up)
+                GatedTrainingSAEConfig(**shape, l1_coefficient=l1, l1_warm_up_steps=warm_up)
             )
         case "standard":
             return StandardTrainingSAE(
-                StandardTrainingSAEConfig(**shape, l1_coefficient=amount, l1_warm_up_steps=warm_up)
+                StandardTrainingSAEConfig(**shape, l1_coefficient=l1, l1_warm_up_steps=warm_up)
             )

@@ -39,7 +39,7 @@ from persona_probe.artifact import atomic_folder, check_replaceable, digest_of
 from persona_probe.errors import InputError, MismatchError, NonFiniteError
 from persona_probe.hooks.sites import parse_site
 from persona_probe.model.language_model import LanguageModel
-from persona_probe.sae.architectures import Architecture, check_sparsity, new_sae, sparsity
+from persona_probe.sae.architectures import Architecture, Sparsity, new_sae
 from persona_probe.sae.checkpoints import Checkpoints
 from persona_probe.sae.encode import decode, encode
 from persona_probe.sae.feed import Feed
@@ -130,7 +130,7 @@ def train_sae(
     settings), `NonFiniteError`.
     """
     parse_site(site)
-    check_sparsity(architecture, k, l1)
+    sparsity = Sparsity(architecture, k, l1)
     check_settings(d_sae, steps, batch_tokens, lr, seed)
     out = Path(out)
     source = activations if isinstance(activations, TokenSource) else None
@@ -154,22 +154,21 @@ def train_sae(
         else:
             feed = Feed(activations, batch_tokens, steps, device)
         width = feed.held_out.shape[1]
-        sparse = sparsity(architecture, k, l1, width)
-        d_sae = latents_for(width, d_sae, sparse.get("k", 0))
+        d_sae = latents_for(width, d_sae)
+        sparsity = sparsity.settled(width, d_sae)
         if lr is None:
             lr = 4e-3 * math.sqrt(1536 / d_sae)
         settings: dict[str, Any] = {
             "architecture": architecture,
             "d_sae": d_sae,
-            **sparse,
+            **sparsity.said,
             "steps": feed.steps,
             "batch_tokens": batch_tokens,
             "lr": lr,
             "seed": seed,
         }
         metadata = SAEMetadata(hook_name=site, **_made_from(model, source))
-        (amount,) = sparse.values()
-        sae = new_sae(architecture, width, d_sae, amount, steps=feed.steps, device=device, metadata=metadata)
+        sae = new_sae(sparsity, width, d_sae, steps=feed.steps, device=device, metadata=metadata)
         trainer = SAETrainer(
             cfg=_trainer_config(feed.steps, batch_tokens, lr, device), sae=sae, data_provider=feed
         )
@@ -205,14 +204,9 @@ def check_settings(
         raise InputError(f"seed must be from 0 to {2**32 - 1}, got {seed}")
 
 
-def latents_for(d_model: int, d_sae: int | None, k: float) -> int:
-    """`d_sae`, or 8 d_model where it is None. Raises `InputError` where `k` are not fewer."""
-    latents = 8 * d_model if d_sae is None else d_sae
-    if k >= latents:
-        raise InputError(
-            f"k must be from 1 to d_sae - 1 = {latents - 1}, got {k:g}", fix="raise d_sae, or lower k"
-        )
-    return latents
+def latents_for(d_model: int, d_sae: int | None) -> int:
+    """`d_sae`, or 8 d_model where it is None."""
+    return 8 * d_model if d_sae is None else d_sae
 
 
 def _finish(

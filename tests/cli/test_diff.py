@@ -54,7 +54,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def run(*words: str) -> Result:
-    return CliRunner().invoke(app, [*words, "--device", "cpu"])
+    placed = {"--device", "--device-map", "--store"} & {*words}
+    return CliRunner().invoke(app, [*words, *(() if placed else ("--device", "cpu"))])
 
 
 def test_diff_of_questions(inputs: dict[str, str], tmp_path: Path) -> None:
@@ -117,6 +118,13 @@ def test_which_tokens_are_read_is_as_told(inputs: dict[str, str], tmp_path: Path
     assert fits.exit_code == 0 and json.loads(fits.stdout)[0]["tokens"] == 10, fits.output
     wrong = run(*call, "--split", "train", "--out", str(tmp_path / "b"))
     assert wrong.exit_code == 2 and "has no split 'train'; it has validation" in wrong.stderr
+    for words, said in (
+        (("--data", inputs["chats"], "--split", "validation"), "has no splits, so there is no 'validation'"),
+        (("--data", inputs["chats"], "--max-new-tokens", "9"), "--max-new-tokens cannot be used with --data"),
+        (("--questions", inputs["questions"], "--field", "a"), "--field cannot be used with --questions"),
+    ):
+        refused = run(*call[:7], *words, "--out", str(tmp_path / "b"))
+        assert refused.exit_code == 2 and said in refused.stderr, refused.output
 
 
 def test_shares_and_one_by_one_come_to_the_same(inputs: dict[str, str], tmp_path: Path) -> None:
@@ -173,7 +181,11 @@ def test_a_store_of_a_pair_is_diffed_without_its_models(inputs: dict[str, str], 
     assert_frame_equal(one.table.sort("index"), other.table.sort("index"), rel_tol=1e-4, abs_tol=1e-6)
     assert one.benign == other.benign == ("llama-lora-2",)
     refused = run(*call, "--data", inputs["chats"])
-    assert refused.exit_code == 2 and "with --store: no --base" in refused.stderr
+    assert refused.exit_code == 2 and "--data cannot be used with --store" in refused.stderr
+    placed = run(*call, "--device", "cpu", "--batch-tokens", "9")
+    assert "--batch-tokens and --device cannot be used with --store" in placed.stderr
+    both = run("diff", *models, "--sae", inputs["sae"], "--device", "cpu", "--device-map", "auto")
+    assert both.exit_code == 2 and "--device cannot be used with --device-map" in both.stderr
 
 
 def test_models_that_do_not_fit_together_are_read_one_after_the_other(
@@ -339,5 +351,5 @@ def test_a_timelines_plan_reads_nothing(inputs: dict[str, str], tmp_path: Path) 
     result = run(*call, "--data", inputs["chats"], "--plan", "--json", "--out", str(tmp_path / "out"))
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)
-    assert (facts["conversations"], facts["models"], facts["sites"]) == (6, 3, [SITE])
+    assert (facts["conversations"], facts["models"], facts["dictionaries"]) == (6, 3, [SITE])
     assert facts["tokens"] > 6 and facts["shards"] == 1 and not (tmp_path / "out").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import resource
 import subprocess
 import sys
@@ -159,11 +160,16 @@ def test_ctrl_c_while_the_shell_is_still_loading_is_no_traceback() -> None:
 
 
 def test_freed_memory_is_kept_where_the_library_can() -> None:
-    import platform
-
-    from persona_probe.cli.allocator import keep_freed_memory
-
-    assert keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
+    program = "from persona_probe.cli.allocator import keep_freed_memory as keep; print(keep())"
+    for settings in ({}, {"MALLOC_TRIM_THRESHOLD_": "4096"}):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            env={**os.environ, **settings},
+        )
+        told = platform.libc_ver()[0] == "glibc" and not settings
+        assert done.stdout == f"{told}\n"
 
 
 @pytest.mark.parametrize("error", ["InputError('bad flag')", "ZeroDivisionError('oops')"])

@@ -10,8 +10,11 @@ import pytest
 from sae_lens import SAE
 from typer.testing import CliRunner
 
+from persona_probe.activations import documents, masks, store
 from persona_probe.artifact import read_jsonl, shipped, write_jsonl
+from persona_probe.cli import options, sae
 from persona_probe.cli.app import app
+from persona_probe.sae import architectures
 
 SITE = "blocks.2.hook_resid_post"
 BASE = shipped("organism", "base")
@@ -48,10 +51,36 @@ def test_a_dictionary_is_trained_from_documents_or_from_a_store(data: Path, tmp_
         "sae", "train", "--site", SITE, *read, *size[-2:], "--out", tmp_path / "no", "--plan", "--json"
     )
     assert json.loads(planned.stdout)["latents"] == 8 * 192 and not (tmp_path / "no").exists()
+    masked = run(
+        "sae", "train", "--site", SITE, "--store", tmp_path / "store", "--mask", "response", "--out", "x"
+    )
+    assert masked.exit_code == 2 and "--mask cannot be used with --store" in masked.stderr
     refused = run(
         "sae", "train", "--site", "blocks.1.hook_mlp_out", "--store", tmp_path / "store", "--out", "x"
     )
     assert refused.exit_code == 2 and f"holds {SITE}, not blocks.1.hook_mlp_out" in refused.stderr
+
+
+def test_an_architecture_of_another_kind_is_trained_on_the_tokens_that_are_named(
+    data: Path, tmp_path: Path
+) -> None:
+    tokens = ("--context", 9, "--too-long", "truncate", "--first-k", 5)
+    call = ("sae", "train", "--site", SITE, "--model", BASE, "--data", data, *tokens)
+    kind = ("--architecture", "gated", "--l1", 2.5, "--d-sae", 64, "--batch-tokens", 64)
+    planned = json.loads(run(*call, *kind, "--out", tmp_path / "sae", "--plan", "--json").stdout)
+    assert (planned["architecture"], planned["l1"]) == ("gated", 2.5) and planned["tokens"] <= 5 * 200
+    made = run(*call, *kind, "--steps", 10, "--out", tmp_path / "sae", "--json")
+    assert made.exit_code == 0 and json.loads(made.stdout)["architecture"] == "gated", made.output
+    assert SAE.load_from_disk(tmp_path / "sae").cfg.architecture() == "gated"
+    wrong = run(*call, *kind, "--k", 4, "--out", tmp_path / "no")
+    assert wrong.exit_code == 2 and "a gated dictionary takes l1, not k" in wrong.stderr
+    assert not (tmp_path / "no").exists()
+
+
+def test_the_shell_knows_the_names_that_there_are() -> None:
+    """It has them again, because where they are defined torch is loaded."""
+    assert options.Mask == masks.Kind and options.TooLong == documents.TooLong
+    assert options.StoredType == store.StoredType and sae.Architecture == architectures.Architecture
 
 
 @pytest.mark.parametrize(

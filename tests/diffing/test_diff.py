@@ -132,6 +132,8 @@ def test_several_dictionaries_of_one_site_are_told_apart_by_their_folders(
     other = random_dictionary("topk", site=OTHER, seed=4)
     together = diff(pair, [narrow, other, wide], texts, clusters)
     assert list(together) == [f"{SITE}/width_16k-block_1", OTHER, f"{SITE}/width_65k-block_1"]
+    here, beside = (replace(narrow, path="."), replace(wide, path="tests/../persona_probe"))
+    assert [*diff(pair, [here, beside], texts)] == [f"{SITE}/{Path.cwd().name}", f"{SITE}/persona_probe"]
     for found, sae in zip(together.values(), [narrow, other, wide], strict=True):
         alone = diff(pair, sae, texts, clusters)
         assert found.dictionary is sae and found.table.equals(alone.table)

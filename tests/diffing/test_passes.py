@@ -43,7 +43,7 @@ def one_by_one(pair: ModelPair) -> list[Pass]:
 
 
 def _pass(pair: ModelPair, models: Sequence[LanguageModel]) -> Pass:
-    return pass_of(pair.base, models, {SITE: SAE}, MASK, None, Placement(pair.base.device))
+    return pass_of(pair.base, models, [SAE], MASK, None, Placement(pair.base.device))
 
 
 def result(reading: Reading) -> LatentDiff:
@@ -193,7 +193,7 @@ def test_a_ray_cluster_gives_the_bits_of_one_process(
     sae.save_model(tmp_path / "sae")
     base, tuned = str(checkpoint_of("llama")), str(adapter_of("llama", 1))
     dictionary = load_sae(tmp_path / "sae")
-    paths = Opening(base, (base, tuned), {SITE: dictionary}, MASK, None, Placement(torch.device("cpu")))
+    paths = Opening(base, (base, tuned), [dictionary], MASK, None, Placement(torch.device("cpu")))
     bad = [*texts, Rendered((5, 6, 1_000_000, 8), (False, False, True, True), 2)]
     files: list[dict[str, bytes]] = []
     for name, engine, open_models in (

@@ -7,10 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persona_probe.activations.masks import TokenMask
+from persona_probe.diffing.readers import key_of
 from persona_probe.diffing.shards import Counted, cut, pack, read_shard, unpack
 from persona_probe.model import ModelPair
 from persona_probe.model.chat import Rendered
-from tests.diffing.conftest import SITE, random_dictionary
+from tests.diffing.conftest import random_dictionary
 
 
 @given(
@@ -36,7 +37,7 @@ def test_a_shard_holds_whole_clusters(lengths: list[tuple[int, str]], tokens: in
 def test_what_is_packed_is_unpacked_bit_for_bit(pair: ModelPair, texts: list[Rendered]) -> None:
     shard = cut(texts, None, 1000)[0]
     sae = random_dictionary()
-    read = read_shard([pair.base, pair.tuned], {SITE: sae}, texts, shard, TokenMask("all"))
+    read = read_shard([pair.base, pair.tuned], [sae], texts, shard, TokenMask("all"))
     again = unpack(pack(read))
     assert pack(again) == pack(read)
     assert torch.equal(again.conversations, read.conversations)
@@ -51,12 +52,14 @@ def test_what_is_packed_is_unpacked_bit_for_bit(pair: ModelPair, texts: list[Ren
 def test_one_after_the_other_leaves_what_together_leaves(pair: ModelPair, texts: list[Rendered]) -> None:
     """The same batches, so the same bits; only how far single tokens moved is not known."""
     shard = cut(texts, None, 1000)[0]
-    sae = {SITE: random_dictionary()}
+    dictionary = random_dictionary()
+    sae = [dictionary]
     both = read_shard([pair.base, pair.tuned], sae, texts, shard)
     first = read_shard([pair.base], sae, texts, shard)
     second = read_shard([pair.tuned], sae, texts, shard, leave_out=first.sinks)
-    assert first.change == {} and both.change.keys() == {SITE}
-    for together, alone in zip(both.of(SITE), [*first.of(SITE), *second.of(SITE)], strict=True):
+    assert first.change == {} and both.change.keys() == {key_of(dictionary)}
+    each = [*first.of(dictionary), *second.of(dictionary)]
+    for together, alone in zip(both.of(dictionary), each, strict=True):
         for name, tensor in together.tensors():
             assert torch.equal(tensor, getattr(alone, name)), name
 
@@ -64,6 +67,6 @@ def test_one_after_the_other_leaves_what_together_leaves(pair: ModelPair, texts:
 def test_a_shard_in_which_nothing_counts_is_empty(pair: ModelPair) -> None:
     data = [Rendered((5, 6, 7), (False,) * 3, 3)]
     (shard,) = cut(data, None, 1000)
-    read = read_shard([pair.base], {SITE: random_dictionary()}, data, shard, TokenMask("response"))
+    read = read_shard([pair.base], [random_dictionary()], data, shard, TokenMask("response"))
     assert read.tokens == 0 and read.conversations.tolist() == [0]
-    assert not len(read.of(SITE)[0].latent)
+    assert not len(read.of(random_dictionary())[0].latent)
