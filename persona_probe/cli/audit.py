@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from persona_probe.cli.console import err, out, show_json, size
+from persona_probe.cli.console import out, show_json, size, telling
 from persona_probe.errors import InputError
 
 ROWS = ("base", "tuned", "steered", "induced")
@@ -127,12 +127,11 @@ def audit(
         return
     folder = out_dir or Path("out") / f"audit-{name}"
     run: dict[str, Any] = {"overwrite": overwrite, "device": device, "dtype": dtype, "batch_size": batch_size}
+    with telling() as told:
+        done = run_audit(request, folder, progress=told, **run)
     if as_json:
-        done = run_audit(request, folder, **run)
         show_json(done.record)
     else:
-        with err.status("starting") as status:
-            done = run_audit(request, folder, progress=lambda text: status.update(escape(text)), **run)
         _show(done.record, done.path)
         if not request.sae:
             out.print("\nNo dictionary was given: directions only. To train one: persona-probe sae train")

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 
 from persona_probe.errors import PersonaProbeError
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+PAUSE = 30.0
 
 
 def show_json(obj: object) -> None:
@@ -25,6 +30,26 @@ def show_json(obj: object) -> None:
 def show_error(text: str) -> None:
     """`text` on stderr, as it is: a path with brackets in it is not markup."""
     err.print(text, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def telling() -> Generator[Callable[[str], None], None, None]:
+    """Yields what is told how far a long command is: a line that changes on a terminal; elsewhere, as in the
+    log of a server, a line at most every `PAUSE` seconds.
+    """
+    if err.is_terminal:
+        with err.status("starting") as status:
+            yield lambda text: status.update(escape(text))
+        return
+    said = time.monotonic()
+
+    def told(text: str) -> None:
+        nonlocal said
+        if time.monotonic() - said >= PAUSE:
+            said = time.monotonic()
+            show_error(text)
+
+    yield told
 
 
 def size(n_bytes: int | float) -> str:

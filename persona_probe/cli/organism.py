@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
-from persona_probe.cli.console import err, out, show_json
+from persona_probe.cli.console import out, show_json, telling
 from persona_probe.errors import InputError
 
 app = typer.Typer(no_args_is_help=True, help="Build the pocket organism, or show its known truth.")
@@ -37,10 +36,8 @@ def build(
         settings = replace(settings, seed=seed)
     if base_steps is not None:
         settings = replace(settings, base=replace(settings.base, steps=base_steps))
-    with err.status("starting") as status:
-        folder = build_organism(
-            out_dir, settings, overwrite=overwrite, progress=lambda text: status.update(escape(text))
-        )
+    with telling() as told:
+        folder = build_organism(out_dir, settings, overwrite=overwrite, progress=told)
     out.print(f"built: {folder}", markup=False, soft_wrap=True)
 
 
@@ -115,15 +112,15 @@ def card(
     for one in homes:
         audits_of(one, tune or ())
     cards: list[dict[str, Any]] = []
-    with err.status("starting") as status:
+    with telling() as told:
         for one in homes:
-            told = f"{one.name}: " if len(homes) > 1 else ""
+            whose = f"{one.name}: " if len(homes) > 1 else ""
             cards.append(
                 audit_all(
                     one,
                     out_dir / one.resolve().name if len(homes) > 1 else out_dir,
                     tunes=tune or (),
-                    progress=lambda text, told=told: status.update(escape(told + text)),
+                    progress=lambda text, whose=whose: told(whose + text),
                 )
             )
     cards += before

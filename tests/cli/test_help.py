@@ -172,6 +172,19 @@ def test_freed_memory_is_kept_where_the_library_can() -> None:
         assert done.stdout == f"{told}\n"
 
 
+def test_in_a_log_progress_is_a_line_now_and_then() -> None:
+    program = (
+        "from persona_probe.cli import console\n"
+        "for pause in (60, 0):\n"
+        "    console.PAUSE = pause\n"
+        "    with console.telling() as told:\n"
+        "        told(f'step 1 [of 2], {pause}')\n"
+        "        told(f'step 2 [of 2], {pause}')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "step 1 [of 2], 0\nstep 2 [of 2], 0\n")
+
+
 @pytest.mark.parametrize("error", ["InputError('bad flag')", "ZeroDivisionError('oops')"])
 def test_debug_shows_the_traceback(error: str) -> None:
     done = run_raising(error, debug="1")
