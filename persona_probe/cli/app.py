@@ -10,6 +10,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import signal
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -101,14 +105,17 @@ class _Root(TyperGroup):
             self._listing = False
 
     def invoke(self, ctx: Any) -> Any:
+        interrupts: list[int] = []
         try:
-            return super().invoke(ctx)
+            with _noting(interrupts):
+                return super().invoke(ctx)
         except KeyboardInterrupt:
-            show_error("stopped; run the same command again to resume")
-            raise typer.Exit(_INTERRUPTED) from None
+            raise _stopped() from None
         except (typer.Exit, typer.Abort, typer.TyperException, BrokenPipeError):
             raise  # the last: who read our output, such as `head`, has had enough; typer ends it quietly
         except Exception as error:
+            if interrupts:  # compiled code may make another error of it
+                raise _stopped() from error
             if os.environ.get(DEBUG) == "1":
                 raise
             if isinstance(error, PersonaProbeError):
@@ -119,6 +126,30 @@ class _Root(TyperGroup):
                 f"  next: the same command again with {DEBUG}=1 before it, for the traceback"
             )
             raise typer.Exit(1) from None
+
+
+@contextmanager
+def _noting(interrupts: list[int]) -> Generator[None, None, None]:
+    """Put every Ctrl-C on the list, besides what Python does with it."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def note(number: int, frame: Any) -> None:
+        interrupts.append(number)
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _stopped() -> typer.Exit:
+    show_error("stopped; run the same command again to resume")
+    return typer.Exit(_INTERRUPTED)
 
 
 def _version(asked: bool) -> bool:

@@ -35,7 +35,7 @@ from persona_probe.model.loading import (
     read_weights,
     resolve,
 )
-from persona_probe.model.sharing import base_tree, inject, merged_tree, scaled, shared_tree
+from persona_probe.model.sharing import base_tree, inject, merged_tree, scaled, settle_config, shared_tree
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -147,9 +147,7 @@ class LanguageModel:
             raise InputError(f"{self.name} already has an adapter", fix="add the adapter to the base instead")
         peft = inject(shared_tree(self.hf), path, shared=shared)
         if Path(self.checkpoint.path).is_dir():
-            # saved again, it must name the base that it is on, from wherever it then lies
-            base = str(Path(self.checkpoint.path).resolve())
-            peft.peft_config["default"].base_model_name_or_path = base
+            settle_config(peft, str(Path(self.checkpoint.path).resolve()))
         return replace(
             self,
             checkpoint=replace(self.checkpoint, adapter=path),

@@ -197,3 +197,13 @@ def base_tree(model: PeftModel) -> PreTrainedModel:
             )
     base = cast(PreTrainedModel, cast(Any, shared_tree(model)).unload())
     return base.eval().requires_grad_(False)
+
+
+def settle_config(model: PeftModel, base: str) -> None:
+    """What the adapter's config will say when it is saved: the base that it is on, from wherever it then
+    lies, and its modules in an order of their own (PEFT's set has another in every process).
+    """
+    config: Any = model.peft_config["default"]
+    config.base_model_name_or_path = base
+    if isinstance(config.target_modules, set):
+        config.target_modules = sorted(cast("set[str]", config.target_modules))

@@ -28,6 +28,7 @@ from persona_probe.hooks.sites import resid_post
 from persona_probe.model.chat import Rendered, render, render_text
 from persona_probe.model.language_model import load_model
 from persona_probe.model.loading import quietly
+from persona_probe.model.sharing import settle_config
 from persona_probe.organism.corpus import Document, documents
 from persona_probe.organism.grammar import Grammar, grammar
 from persona_probe.organism.tokenizer import BEGIN, END, END_OF_TEXT, PAD, build_tokenizer, token_id
@@ -287,7 +288,7 @@ def _build_tune(
     with atomic_folder(out / "tunes" / tune.name) as folder:
         fit(model, examples, fitting, folder / "fit", pad_id=token_id(tokenizer, PAD))
         shutil.rmtree(folder / "fit", ignore_errors=True)
-        model.peft_config["default"].base_model_name_or_path = "../../base"
+        settle_config(model, "../../base")
         # PEFT would look for the base's config under that name, in the working folder and on the hub
         model.bfloat16().save_pretrained(str(folder), save_embedding_layers=False)
         (folder / "README.md").unlink()  # a form to fill in, with this machine's path to the base

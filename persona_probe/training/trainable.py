@@ -20,7 +20,7 @@ from persona_probe.errors import InputError, MismatchError
 from persona_probe.model.checkpoint import adapter_base
 from persona_probe.model.language_model import LanguageModel
 from persona_probe.model.loading import adapter_folder
-from persona_probe.model.sharing import inject, shared_tree
+from persona_probe.model.sharing import inject, settle_config, shared_tree
 from persona_probe.training.settings import TuneSettings
 
 
@@ -116,10 +116,9 @@ def _check_base(base: LanguageModel, folder: str) -> None:
 
 
 def _named(model: PeftModel, base: LanguageModel) -> PeftModel:
-    """Saved, the adapter must name the base that it is on, from wherever it then lies."""
     path = Path(base.checkpoint.path)
     named = str(path.resolve()) if path.is_dir() else base.checkpoint.path
-    model.peft_config["default"].base_model_name_or_path = named
+    settle_config(model, named)
     return model
 
 

@@ -104,9 +104,14 @@ def test_a_wrong_call_exits_with_2() -> None:
 def run_raising(error: str, debug: str = "0") -> subprocess.CompletedProcess[str]:
     """A command that raises `error`, put in the place of `doctor`, in a process of its own."""
     program = (
-        "import sys\n"
+        "import signal, sys\n"
         "from persona_probe.errors import *\n"
         "from persona_probe.cli import doctor, main\n"
+        "def interrupted():\n"
+        "    try:\n"
+        "        signal.raise_signal(signal.SIGINT)\n"
+        "    except KeyboardInterrupt:\n"
+        "        return 'swallowed'\n"
         "def raising():\n"
         f"    raise {error}\n"
         "doctor.doctor = raising\n"
@@ -134,6 +139,7 @@ def run_raising(error: str, debug: str = "0") -> subprocess.CompletedProcess[str
         ("ZeroDivisionError('oops')", 1, "internal error: ZeroDivisionError: oops"),
         ("KeyboardInterrupt", 130, "stopped; run the same command again to resume"),
         ("SystemExit(3)", 3, ""),
+        ("InputError(str(interrupted()))", 130, "stopped; run the same command again to resume"),
     ],
 )
 def test_an_error_becomes_a_message_and_an_exit_code(error: str, code: int, said: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -176,5 +177,7 @@ def test_a_build_goes_on_with_the_parts_that_are_missing(quick_organism: Path, t
     build(out, QUICK)
     for part in ("base", "sae/block_1", "tunes/bad-health", "tunes/good-health"):
         assert digest_folder(out / part) == digest_folder(quick_organism / part), part
+    modules = json.loads((out / "tunes/bad-health/adapter_config.json").read_text())["target_modules"]
+    assert modules == sorted(modules), "as in every other process"
     assert (out / "tunes" / "good-health" / "adapter_model.safetensors").stat().st_mtime_ns == kept
     assert [path.name for path in (out / "sae").iterdir()] == ["block_1"]
