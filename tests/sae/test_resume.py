@@ -8,7 +8,7 @@ import os
 import signal
 import tempfile
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -101,11 +101,11 @@ def test_a_run_that_stopped_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["sae"]
 
 
-@pytest.mark.parametrize("architecture", [a for a in get_args(Architecture) if a != "batchtopk"])
-def test_every_architecture_is_taken_up_where_it_was(architecture: Architecture, tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", ["matryoshka", "jumprelu", "gated"])
+def test_another_architecture_is_taken_up_where_it_was(architecture: Architecture, tmp_path: Path) -> None:
     amount = {"k": None, "l1": 0.5} if architecture in PRICED else {}
     # so long a run that the price is still rising when it is stopped
-    settings: dict[str, Any] = {**FAST, **amount, "architecture": architecture, "steps": 1200}
+    settings: dict[str, Any] = {**FAST, **amount, "architecture": architecture, "steps": 1040}
     settings |= {"batch_tokens": 16, "d_sae": 16}
     whole = train_sae(stored(), SITE, tmp_path / "whole", **settings)
     out = tmp_path / "sae"
