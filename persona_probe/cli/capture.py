@@ -25,7 +25,7 @@ def capture(
         list[Path] | None, typer.Option(help="A harmless fine-tune of the same base, beside --tuned.")
     ] = None,
     out_dir: Annotated[Path, typer.Option("--out", help="Where the store goes.")] = Path("out/activations"),
-    mask: options.Where = None,
+    mask: options.Tokens = None,
     first_k: options.FirstK = None,
     skip_first: options.SkipFirst = 0,
     store_dtype: Annotated[options.StoredType, typer.Option(help="How they are stored.")] = "float32",

@@ -44,7 +44,7 @@ def diff(
     tune: Annotated[
         str, typer.Option(help="Without --base and --tuned: which tune of the shipped organism.")
     ] = "bad-health",
-    mask: options.Where = None,
+    mask: options.Tokens = None,
     first_k: options.FirstK = None,
     skip_first: options.SkipFirst = 0,
     top: Annotated[int, typer.Option(help="Rows to show for each site.", min=1)] = 10,

@@ -26,7 +26,7 @@ WhenTooLong = Annotated[TooLong | None, typer.Option(help=f"{_TOO_LONG}; truncat
 SplitTooLong = Annotated[TooLong | None, typer.Option(help=f"{_TOO_LONG}; split by default.")]
 Limit = Annotated[int | None, typer.Option(help="Read only so many rows (or questions).", min=1)]
 
-Where = Annotated[Mask | None, typer.Option(help="Which tokens count; all, of --questions answer.")]
+Tokens = Annotated[Mask | None, typer.Option(help="Which tokens count; all, of --questions answer.")]
 FirstK = Annotated[int | None, typer.Option(help="Of those, only so many from the front.", min=1)]
 SkipFirst = Annotated[int, typer.Option(help="Of those, not so many at the front.", min=0)]
 

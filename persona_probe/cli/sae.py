@@ -32,7 +32,7 @@ def train(
     store: Annotated[
         Path | None, typer.Option(help="What `capture` stored, instead of --model and --data.")
     ] = None,
-    mask: options.Where = None,
+    mask: options.Tokens = None,
     first_k: options.FirstK = None,
     skip_first: options.SkipFirst = 0,
     architecture: Annotated[Architecture, typer.Option(help="Its kind.")] = "batchtopk",
@@ -168,7 +168,7 @@ def validity(
     tuned: Annotated[Path, typer.Option(help="Fine-tuned checkpoint or adapter folder.")],
     sae: Annotated[list[str], typer.Option(help="A dictionary's folder, or release/sae_id; several.")],
     data: options.Data,
-    mask: options.Where = None,
+    mask: options.Tokens = None,
     first_k: options.FirstK = None,
     skip_first: options.SkipFirst = 0,
     site: Annotated[str | None, typer.Option(help="Where a dictionary does not say its own.")] = None,

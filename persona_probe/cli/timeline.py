@@ -44,7 +44,7 @@ def timeline(
     questions: options.Questions = None,
     data: options.MaybeData = None,
     out_dir: Annotated[Path | None, typer.Option("--out", help="Where everything goes.")] = None,
-    mask: options.Where = None,
+    mask: options.Tokens = None,
     first_k: options.FirstK = None,
     skip_first: options.SkipFirst = 0,
     top: Annotated[int, typer.Option(help="Latents to show.", min=1)] = 10,
