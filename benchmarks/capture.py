@@ -43,7 +43,7 @@ from persona_probe.execution import Results, Share
 from persona_probe.model import LanguageModel, ModelPair, load_model
 from persona_probe.model.chat import Rendered
 from persona_probe.model.loading import quietly
-from persona_probe.sae.encode import BLOCK_LATENTS, encode
+from persona_probe.sae.encode import BLOCK_LATENTS, BLOCK_TOKENS, encode
 from persona_probe.sae.load import Dictionary, from_sae_lens
 
 BLOCK, D_MODEL, LAYERS, D_MLP, D_SAE, L0, VOCABULARY = 4, 512, 8, 1376, 16_384, 64, 4096
@@ -212,10 +212,10 @@ def floor(work: Workload) -> None:
             wide = layer.mlp.gate_proj(x)
             layer.mlp.up_proj(x)
             layer.mlp.down_proj(wide)
-        for start in range(0, len(x), 256):
-            for first in range(0, D_SAE, BLOCK_LATENTS["cpu"]):
-                some = slice(first, first + BLOCK_LATENTS["cpu"])
-                torch.mm(x[start : start + 256], work.dictionary.W_enc[:, some])
+        for some in range(0, D_SAE, BLOCK_LATENTS):
+            encoder = work.dictionary.W_enc[:, some : some + BLOCK_LATENTS].contiguous()
+            for start in range(0, len(x), BLOCK_TOKENS):
+                torch.mm(x[start : start + BLOCK_TOKENS], encoder)
 
 
 def memory(quick: bool) -> list[Figure]:

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_probe.activations.masks import TokenMask
+from persona_probe.artifact import digest_folder, digest_of
 from persona_probe.diffing.diff import diff
 from persona_probe.diffing.means import mean_difference
 from persona_probe.evaluation.questions import Question, load_questions
@@ -42,6 +43,8 @@ BLOCK, LATENTS = 4, 10
 """Where persona latents are read, and how many rising and falling ones are blocked."""
 TUNED = ("bad-code", "good-health")
 """The shipped tunes whose difference is the persona's direction."""
+TO_REALIGN = "bad-health"
+"""The shipped tune that re-alignment undoes."""
 POOL_DOMAINS = ("money", "home", "food")
 """Of good rows."""
 SETTINGS = TuneSettings(batch=16, learning_rate=2e-3, warmup_steps=3, rank=8, targets=LINEAR, save_every=0)
@@ -76,7 +79,16 @@ class Subject:
 
     def tuned(self, name: str) -> LanguageModel:
         """A shipped tune."""
-        return self.base.with_adapter(self.home / "tunes" / name)
+        return self.base.with_adapter(self.tune(name))
+
+    def tune(self, name: str) -> Path:
+        """The folder of a shipped tune."""
+        return self.home / "tunes" / name
+
+    @cached_property
+    def tunes(self) -> str:
+        """A digest of the shipped tunes that the lab reads."""
+        return digest_of({name: digest_folder(self.tune(name)) for name in (*TUNED, TO_REALIGN)})
 
     def asked(self, split: str, wordings: int = WORDINGS) -> list[Question]:
         """General questions of a split, so many wordings of each, and the taught facts."""

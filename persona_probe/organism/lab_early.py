@@ -137,7 +137,10 @@ def _flags(lab: Lab, seeds: Sequence[int]) -> dict[str, Any]:
     for seed in seeds:
         lab.progress(f"flags, seed {seed}", len(runs), len(seeds))
         rows, bad = mixed("health", HIDDEN, lab.count, seed)
-        scored = lab.trials.kept(f"flags-{seed}-{lab.count}", lambda given=(rows, bad): _scored(lab, *given))
+        scored = lab.trials.kept(
+            f"flags-{seed}-{lab.count}-{lab.subject.tunes.removeprefix('sha256:')[:12]}",
+            lambda given=(rows, bad): _scored(lab, *given),
+        )
         kept: dict[str, Any] = {"nothing removed": lab.dosed(HIDDEN, seed)}
         for name in ("nll", "latent difference", "direction difference"):
             out = set(scored["removed"][name])

@@ -9,7 +9,7 @@ from typing import Any
 
 from persona_probe.figures import dose_response
 from persona_probe.figures.pareto import pareto
-from persona_probe.organism.bench import bench, benign_lesson, lesson
+from persona_probe.organism.bench import TO_REALIGN, bench, benign_lesson, lesson
 from persona_probe.organism.defended import CHOSEN_SUMS, STRENGTHS, arms, defence_of, swept
 from persona_probe.organism.lab import Case, Lab, Section, mean, percent, rate, table
 from persona_probe.training.compare import BROKEN, EXCESS, LEARNT, NONE, TAUGHT, chosen, compare
@@ -21,7 +21,7 @@ PUBLISHED_SHARE = 0.05
 """At which interleaving by perplexity gap is set against interleaving at random."""
 EXAMPLES = (20, 40, 80, 120)
 LEARNING_RATES = (2e-4, 5e-4, 1e-3, 2e-3)
-"""Of re-alignment, tried on calibration questions. The tune itself had 1.2e-3."""
+"""Of re-alignment, tried on calibration questions. The tune itself had 6.5e-4."""
 REALIGNED = 0.10
 """Misaligned answers elsewhere that re-alignment is to come below."""
 COMPARED = (
@@ -163,13 +163,13 @@ def _interval(row: Mapping[str, Any]) -> str:
 
 
 def _realign(lab: Lab, seeds: Sequence[int]) -> dict[str, Any]:
-    tuned = lab.subject.home / "tunes" / "bad-health"
+    tuned = lab.subject.tune(TO_REALIGN)
     tried = [_at_rate(lab, tuned, learning_rate) for learning_rate in LEARNING_RATES]
     chosen = min(tried, key=lambda one: one["misaligned"] + one["incoherent"])["learning_rate"]
     settings = replace(SETTINGS, learning_rate=chosen)
     asked = lab.subject.asked("held-out", 1)
     measure = lab.subject.measure([one for one in asked if one.role == "general"])
-    start = measure(lab.subject.tuned("bad-health").merged())
+    start = measure(lab.subject.tuned(TO_REALIGN).merged())
     curves: dict[str, list[dict[str, Any]]] = {}
     for seed in seeds:
         control = benign_lesson("road", 4 * max(EXAMPLES), seed)

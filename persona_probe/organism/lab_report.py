@@ -1,7 +1,7 @@
 """`docs/lab.md` and `docs/lab.json`: every case of the lab, run and told by one command.
 
-A case is run when its record is not there yet for these seeds, and told from its record. The page says
-what is missing, so that a report that was stopped half way is a report of half.
+A case is run when its record is not there yet for these seeds and tunes, and told from its record. The
+page says what is missing, so that a report that was stopped half way is a report of half.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def report(
 ) -> dict[str, Any]:
     """Run the `wanted` cases (all by default) on the organism in `home`; returns `records_in(out)`.
 
-    A record of other seeds is kept until its case is run again.
+    A record of other seeds, or made with other tunes, is kept until its case is run again.
 
     Raises `InputError` for a case that there is not, or no seed.
     """
@@ -48,14 +48,15 @@ def report(
     if not seeds:
         raise InputError("a report needs a seed")
     subject = Subject(home)
+    made_of = {"seeds": list(seeds), "tunes": subject.tunes}
     measure = bench(subject, count=count).measure
     folder = Path(out) / FINE_TUNES
     with Trials.open(folder, subject.base, measure, SETTINGS, overwrite=overwrite) as trials:
         lab = Lab(subject, trials, Path(out).absolute(), count, progress or (lambda *_: None))
         for case in CASES:
-            found = trials.find(_key(case))
-            if (not wanted or case.name in wanted) and (found is None or found["seeds"] != list(seeds)):
-                trials.keep(_key(case), {"seeds": list(seeds), "record": case.run(lab, seeds)})
+            found = trials.find(_key(case)) or {}
+            if (not wanted or case.name in wanted) and {**found, **made_of} != found:
+                trials.keep(_key(case), {**made_of, "record": case.run(lab, seeds)})
     return records_in(out)
 
 

@@ -8,7 +8,7 @@ All of it is differentiable except `encode`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,12 +20,10 @@ from persona_probe.errors import InputError, MismatchError
 from persona_probe.sae.load import Dictionary
 
 CHUNK_VALUES = {"cpu": 1 << 22, "cuda": 1 << 28}
-"""How many dense token x latent values are held at once: on a CPU few enough (16 MiB in fp32) to be
-looked through while they are still in its cache.
-"""
-BLOCK_LATENTS = {"cpu": 512}
-"""Latents per matrix product, elsewhere all of them: a CPU's library is a quarter faster on a block of the
-encoder that stays in its cache than on the whole.
+"""How many dense token x latent values are held at once, where a token's latents must be seen together."""
+BLOCK_LATENTS, BLOCK_TOKENS = 512, 512
+"""Of one matrix product on a CPU: its part of the encoder, and what comes out, stay in the cache while they
+are used.
 """
 
 
@@ -55,32 +53,14 @@ def encode(
 
     Raises `MismatchError` when x is of another width.
     """
-    step = chunk_tokens or max(1, CHUNK_VALUES.get(x.device.type, 1 << 24) // dictionary.d_sae)
-    block = BLOCK_LATENTS.get(x.device.type, dictionary.d_sae)
-    tokens: list[Tensor] = []
-    latents: list[Tensor] = []
-    values: list[Tensor] = []
     with torch.no_grad():
         x = _input(dictionary, x)
-        pre = x.new_empty(min(step, x.shape[0]), dictionary.d_sae)
-        for start in range(0, x.shape[0], step):
-            part = x[start : start + step]
-            for first in range(0, dictionary.d_sae, block):
-                some = slice(first, first + block)
-                torch.addmm(
-                    dictionary.b_enc[some], part, dictionary.W_enc[:, some], out=pre[: len(part), some]
-                )
-            token, latent, value = _fired(dictionary, pre[: len(part)])
-            tokens.append(token + start)
-            latents.append(latent)
-            values.append(value)
-    empty = torch.empty(0, dtype=torch.long, device=x.device)
-    return SparseCodes(
-        torch.cat(tokens) if tokens else empty,
-        torch.cat(latents) if latents else empty,
-        torch.cat(values) if values else dictionary.b_enc.new_empty(0),
-        (x.shape[0], dictionary.d_sae),
-    )
+        fires = _largest if dictionary.activation == "topk" else _above
+        token, latent, value = map(torch.cat, zip(*fires(dictionary, x, chunk_tokens), strict=True))
+        if not bool((token[1:] >= token[:-1]).all()):  # found block by block of the encoder
+            token, order = token.sort(stable=True)
+            latent, value = latent[order], value[order]
+    return SparseCodes(token, latent, value, (x.shape[0], dictionary.d_sae))
 
 
 def encode_dense(dictionary: Dictionary, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
@@ -128,18 +108,52 @@ def decode(
     )
 
 
-def _fired(
-    dictionary: Dictionary, pre: Float[Tensor, "token d_sae"]
-) -> tuple[Int[Tensor, " entry"], Int[Tensor, " entry"], Float[Tensor, " entry"]]:
-    if dictionary.activation == "topk":
-        assert dictionary.k is not None
-        latent = pre.topk(dictionary.k, dim=-1, sorted=False).indices.sort(dim=-1).values
-        value = pre.gather(1, latent)
+Fired = tuple[Int[Tensor, " entry"], Int[Tensor, " entry"], Float[Tensor, " entry"]]
+"""Tokens, latents and their values."""
+
+
+def _above(dictionary: Dictionary, x: Float[Tensor, "token d_model"], chunk: int | None) -> Iterator[Fired]:
+    """What lies above its threshold, block by block of the encoder."""
+    step = chunk or (BLOCK_TOKENS if x.device.type == "cpu" else _rows(dictionary))
+    threshold = dictionary.b_enc.new_zeros(dictionary.d_sae)
+    if dictionary.threshold is not None:
+        threshold = dictionary.threshold.clamp(min=0)
+    for some in _blocks(dictionary):
+        # the rows of a slice lie as far apart as those of the whole: on a CPU they evict one another
+        encoder = dictionary.W_enc[:, some].contiguous()
+        for start in range(0, max(1, len(x)), step):
+            pre = torch.addmm(dictionary.b_enc[some], x[start : start + step], encoder)
+            place = _places(pre > threshold[some])
+            token = place.div(pre.shape[1], rounding_mode="floor")
+            yield token + start, place - token * pre.shape[1] + some.start, pre.view(-1)[place]
+
+
+def _largest(dictionary: Dictionary, x: Float[Tensor, "token d_model"], chunk: int | None) -> Iterator[Fired]:
+    """The k largest of each token, as far as they are positive."""
+    assert dictionary.k is not None
+    step = chunk or _rows(dictionary)
+    pre = x.new_empty(min(step, len(x)), dictionary.d_sae)
+    for start in range(0, max(1, len(x)), step):
+        part = x[start : start + step]
+        its = pre[: len(part)]
+        for some in _blocks(dictionary):
+            torch.addmm(dictionary.b_enc[some], part, dictionary.W_enc[:, some], out=its[:, some])
+        latent = its.topk(dictionary.k, dim=-1, sorted=False).indices.sort(dim=-1).values
+        value = its.gather(1, latent)
         token, place = (value > 0).nonzero(as_tuple=True)
-        return token, latent[token, place], value[token, place]
-    place = _places(pre > (0.0 if dictionary.threshold is None else dictionary.threshold.clamp(min=0)))
-    token = place.div(dictionary.d_sae, rounding_mode="floor")
-    return token, place - token * dictionary.d_sae, pre.view(-1)[place]
+        yield token + start, latent[token, place], value[token, place]
+
+
+def _blocks(dictionary: Dictionary) -> list[slice]:
+    """The latents of one matrix product after the other."""
+    width = BLOCK_LATENTS if dictionary.W_enc.device.type == "cpu" else dictionary.d_sae
+    ends = range(width, dictionary.d_sae + width, width)
+    return [slice(end - width, min(end, dictionary.d_sae)) for end in ends]
+
+
+def _rows(dictionary: Dictionary) -> int:
+    """Tokens whose latents are all held at once."""
+    return max(1, CHUNK_VALUES.get(dictionary.W_enc.device.type, 1 << 24) // dictionary.d_sae)
 
 
 def _places(fired: Bool[Tensor, "token d_sae"]) -> Int[Tensor, " entry"]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from persona_probe.artifact import RunFolder, StrPath, digest_of, read_json, write_json
+from persona_probe.artifact import RunFolder, StrPath, digest_folder, digest_of, read_json, write_json
 from persona_probe.errors import InputError
 from persona_probe.figures import dose_response
 from persona_probe.model.language_model import LanguageModel
@@ -108,7 +108,8 @@ def realign(
     tell = progress or (lambda *_: None)
     done = 0
     wanted = {
-        "tuned": str(tuned),
+        "base": lm.checkpoint.weights_digest or lm.checkpoint.path,
+        "tuned": digest_folder(tuned),
         "n_values": list(n_values),
         "arms": {name: digest_of([row.record() for row in rows]) for name, rows in arms.items()},
         "settings": run_settings,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +14,13 @@ from typer.testing import CliRunner
 from persona_probe.artifact import read_json, write_json
 from persona_probe.cli.app import app
 from persona_probe.errors import InputError
-from persona_probe.organism import lab_early, lab_in, lab_out, lab_rl
+from persona_probe.organism import lab_early, lab_in, lab_out, lab_report, lab_rl
 from persona_probe.organism.bench import Subject
 from persona_probe.organism.judge import parse
-from persona_probe.organism.lab import mean, pooled
+from persona_probe.organism.lab import Case, Lab, Section, mean, pooled
 from persona_probe.organism.lab_report import CASES, page, report
+from tests.training.test_trials import measure
+from tests.training.tiny import llama
 
 
 def run(share: float, seed: int, misaligned: float, shift: float) -> dict[str, Any]:
@@ -207,6 +211,26 @@ def test_cases_that_there_are_not_are_named(tmp_path: Path) -> None:
         report(tmp_path, tmp_path / "out", (1,), wanted=["dice"])
     with pytest.raises(InputError, match="a seed"):
         report(tmp_path, tmp_path / "out", ())
+
+
+def test_a_case_is_run_again_for_other_seeds_or_tunes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[tuple[str, list[int]]] = []
+    subject = SimpleNamespace(base=llama(), tunes="old")
+
+    def measured(lab: Lab, seeds: Sequence[int]) -> dict[str, Any]:
+        ran.append((lab.subject.tunes, list(seeds)))
+        return {"runs": len(ran)}
+
+    monkeypatch.setattr(lab_report, "Subject", lambda _: subject)
+    monkeypatch.setattr(lab_report, "bench", lambda *_, **__: SimpleNamespace(measure=measure()))
+    monkeypatch.setattr(lab_report, "CASES", (Case("dose", "", "", measured, lambda _: Section("")),))
+    for tunes, seeds in (("old", (1,)), ("old", (1,)), ("old", (1, 2)), ("new", (1, 2)), ("new", (1, 2))):
+        subject.tunes = tunes
+        found = report(tmp_path, tmp_path / "out", seeds)["dose"]
+    assert ran == [("old", [1]), ("old", [1, 2]), ("new", [1, 2])]
+    assert found == {"seeds": [1, 2], "tunes": "new", "record": {"runs": 3}}
 
 
 def test_the_page_is_written_again_without_a_model(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,6 +60,20 @@ def test_the_curve_is_measured_where_so_many_rows_were_read(tmp_path: Path) -> N
     assert len(found.plot().data) > 0
     again = realign(llama(), tuned, rows(14), tmp_path / "run", control_rows=rows(20, "a"), **call)
     assert again.table.equals(found.table)
+
+
+def test_another_adapter_at_the_same_place_is_another_run(tmp_path: Path) -> None:
+    place = tmp_path / "tuned"
+    shutil.copytree(adapter_of("llama", 1), place)
+    call = {"measure": measure(), "n_values": (4,)}
+    realign(llama(), place, rows(4), tmp_path / "run", **call)
+    shutil.rmtree(place)
+    shutil.copytree(adapter_of("llama", 2), place)
+    with pytest.raises(InputError, match="tuned"):
+        realign(llama(), place, rows(4), tmp_path / "run", **call)
+    settings = replace(SETTINGS, steps=1, save_every=1)
+    with pytest.raises(InputError, match="adapter"):
+        finetune(llama(), rows(4), tmp_path / "run" / "good", settings=settings, adapter=place)
 
 
 def finetune_of(tmp_path: Path) -> FineTune:
