@@ -7,7 +7,7 @@ right, where no real token of a causal model sees it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,30 @@ class Chunk:
     """Tokens left out because of their norm."""
     sink_tokens: tuple[tuple[int, int], ...] = ()
     """Their conversations and positions, so that another pass can leave out the same."""
+
+
+def joined(chunks: Iterable[Chunk], tokens: int) -> Iterator[Chunk]:
+    """Consecutive chunks put together until they hold at least so many tokens: little padding makes small
+    batches, and an encoder that is read once for each of them is read too often.
+    """
+    held: list[Chunk] = []
+    for chunk in chunks:
+        held.append(chunk)
+        if sum(len(one.document) for one in held) >= tokens:
+            yield _one(held)
+            held = []
+    if held:
+        yield _one(held)
+
+
+def _one(chunks: Sequence[Chunk]) -> Chunk:
+    return Chunk(
+        torch.cat([one.document for one in chunks]),
+        torch.cat([one.position for one in chunks]),
+        {key: torch.cat([one.activations[key] for one in chunks]) for key in chunks[0].activations},
+        sum(one.sinks for one in chunks),
+        tuple(token for one in chunks for token in one.sink_tokens),
+    )
 
 
 WASTE = 0.05

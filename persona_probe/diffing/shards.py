@@ -20,7 +20,7 @@ from torch import Tensor
 
 from persona_probe.activations.documents import place_of
 from persona_probe.activations.masks import TokenMask
-from persona_probe.activations.stream import Chunk, batch_tokens_for, stream
+from persona_probe.activations.stream import Chunk, batch_tokens_for, joined, stream
 from persona_probe.diffing.cluster_sums import ClusterSums, Counting
 from persona_probe.diffing.readers import Reader, key_of, site_of
 from persona_probe.diffing.statistics import number_clusters
@@ -30,6 +30,9 @@ from persona_probe.model.language_model import LanguageModel
 
 SHARD_BATCHES = 16
 """A shard is of so many batches: enough to sort by length, few enough that its sums are small."""
+
+ENCODED = 1024
+"""Tokens that are encoded together, at least, as long as there are so many."""
 
 Places = dict[int, list[int]]
 """Positions of tokens, by conversation."""
@@ -203,7 +206,7 @@ def add_up(
     counted = torch.zeros(len(numbers), dtype=torch.long)
     sinks: Places = dict(leave_out or {})
     moved = {key_of(reader): [0.0, 0.0] for reader in readers}
-    for chunk in chunks:
+    for chunk in joined(chunks, ENCODED):
         counted += chunk.document.bincount(minlength=len(numbers))
         for document, position in chunk.sink_tokens:
             sinks.setdefault(document, []).append(position)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from persona_probe.activations import TokenMask, sinks, stream
-from persona_probe.activations.stream import buckets
+from persona_probe.activations.stream import buckets, joined
 from persona_probe.errors import InputError, NonFiniteError, UnknownSiteError
 from persona_probe.hooks import capture_at, edit_at
 from persona_probe.model import LanguageModel, Rendered, load_model
@@ -64,6 +64,20 @@ def test_every_counted_token_once_as_read_alone(batch_tokens: int) -> None:
                         torch.testing.assert_close(
                             values[number, site], alone[position], atol=1e-4, rtol=1e-5
                         )
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 10**6])
+def test_chunks_put_together_hold_the_same_in_the_same_order(tokens: int) -> None:
+    every = list(stream([model_of("llama")], conversations(), SITES, TokenMask("all"), batch_tokens=24))
+    found = list(joined(every, tokens))
+    assert all(len(one.document) >= tokens for one in found[:-1]) and list(joined([], tokens)) == []
+    assert len(found) == {1: len(every), 10**6: 1}.get(tokens, len(found)) and len(every) > 3
+    parts = [lambda one: one.document, lambda one: one.position, lambda one: one.activations[0, SITES[0]]]
+    for part in parts:
+        assert torch.equal(torch.cat([part(one) for one in found]), torch.cat([part(one) for one in every]))
+    assert sum(one.sinks for one in found) == sum(one.sinks for one in every)
+    dropped = [[place for one in chunks for place in one.sink_tokens] for chunks in (found, every)]
+    assert dropped[0] == dropped[1]
 
 
 def test_the_same_bits_every_time_and_for_the_same_model_twice() -> None:
