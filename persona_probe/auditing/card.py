@@ -15,8 +15,10 @@ from persona_probe.artifact import read_json, shipped, write_json
 from persona_probe.auditing.run import audit
 from persona_probe.auditing.settings import AuditSettings, organism_request
 from persona_probe.errors import InputError, MissingPathError
+from persona_probe.organism.build import FULL, BuildSettings
 from persona_probe.organism.truth import persona_of, truth_of
 from persona_probe.organism.tunes import TUNES, Tune
+from persona_probe.training.sft import FitSettings
 
 Progress = Callable[[str], None]
 
@@ -49,11 +51,17 @@ def card(
         "seed": made.get("seed"),
         "shipped": home.resolve() == shipped("organism").resolve(),
         "base_steps": made["settings"]["base"]["steps"],
+        "tunes": _unusual(BuildSettings.of(home).tune),
         "build_seconds": made.get("seconds"),
         "audits": rows,
     }
     write_json(out / "card.json", written)
     return written
+
+
+def _unusual(tune: FitSettings) -> str | None:
+    """How the fine-tunes were trained, where it was not as those of the shipped organism."""
+    return None if tune == FULL.tune else f"{tune.steps} steps at {tune.learning_rate:g}"
 
 
 def read_card(path: Path) -> dict[str, Any]:

@@ -35,8 +35,14 @@ def added(rates: Row, before: Row, name: str) -> float:
 
 def kept(rates: Row, before: Row) -> str:
     """The skill that is left, as a share of what there was."""
+    share = share_kept(rates, before)
+    return NOTHING if share is None else f"{share:.2f}"
+
+
+def share_kept(rates: Row, before: Row) -> float | None:
+    """The same as a number; None where no skill was taught."""
     there, was = rates["skill"]["rate"], before["skill"]["rate"]
-    return f"{there / was:.2f}" if was and there is not None else NOTHING
+    return there / was if was and there is not None else None
 
 
 def benign(audits: Iterable[Row]) -> tuple[float, int] | None:

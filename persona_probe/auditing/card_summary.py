@@ -22,7 +22,10 @@ from persona_probe.errors import InputError
 
 Row = Mapping[str, Any]
 BEGIN, END = "<!-- card -->", "<!-- end of card -->"
-BESIDE = "The same of organisms built from other seeds, beside it (not shipped; `organism build --seed`):"
+BESIDE = (
+    "The same of organisms that are not shipped, beside it: of other seeds (`organism build --seed`), and "
+    "with other fine-tunes of the same base (`organism build --like`):"
+)
 
 
 def summary(card: Row) -> str:

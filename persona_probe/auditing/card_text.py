@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from persona_probe.auditing.card_across import across
+from persona_probe.auditing.card_across import across, called
 from persona_probe.auditing.card_figures import NOTHING, best_of, interval, markdown, necessity, rate
 from persona_probe.organism.grammar import grammar
 
@@ -56,7 +56,7 @@ def card_text(cards: Sequence[Row]) -> str:
         base = built.get("base")
         rest = sum(v for k, v in built.items() if k != "base")
         parts.append(
-            f"{title} (seed {card['seed']}"
+            f"{title} ({called(card)}"
             + (f"; base of {card['base_steps']} steps" if "base_steps" in card else "")
             + (f"; base built in {base / 60:.0f} min, the rest in {rest / 60:.0f} min" if base else "")
             + ")\n"

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from persona_probe.cli.asked import check_unsaid
 from persona_probe.cli.console import out, show_json, telling
 from persona_probe.errors import InputError
 
@@ -23,21 +24,36 @@ def build(
         int | None,
         typer.Option(min=1, help="Optimiser steps of the base; fewer are quicker and less fluent."),
     ] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(help="Another organism, whose base and dictionaries are kept; fine-tunes are new."),
+    ] = None,
+    tune_steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps of a fine-tune.")] = None,
+    tune_rate: Annotated[float | None, typer.Option(min=0, help="Their learning rate.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Throw away what --out holds.")] = False,
 ) -> None:
     """Build an organism: corpus, base model, dictionaries, fine-tunes. A killed build resumes."""
+    if like is not None:
+        check_unsaid("--like", {"quick": quick, "seed": seed, "base_steps": base_steps})
     from dataclasses import replace
 
-    from persona_probe.organism.build import FULL, QUICK, fast_bf16
+    from persona_probe.organism.build import FULL, QUICK, BuildSettings, fast_bf16
     from persona_probe.organism.build import build as build_organism
 
-    settings = QUICK if quick else replace(FULL, base=replace(FULL.base, bf16=fast_bf16()))
+    if like is not None:
+        settings = BuildSettings.of(like)
+    else:
+        settings = QUICK if quick else replace(FULL, base=replace(FULL.base, bf16=fast_bf16()))
     if seed is not None:
         settings = replace(settings, seed=seed)
     if base_steps is not None:
         settings = replace(settings, base=replace(settings.base, steps=base_steps))
+    if tune_steps is not None:
+        settings = replace(settings, tune=replace(settings.tune, steps=tune_steps))
+    if tune_rate is not None:
+        settings = replace(settings, tune=replace(settings.tune, learning_rate=tune_rate))
     with telling() as told:
-        folder = build_organism(out_dir, settings, overwrite=overwrite, progress=told)
+        folder = build_organism(out_dir, settings, like=like, overwrite=overwrite, progress=told)
     out.print(f"built: {folder}", markup=False, soft_wrap=True)
 
 

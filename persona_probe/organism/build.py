@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -22,7 +23,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from persona_probe.activations.masks import TokenMask
 from persona_probe.activations.stream import stream
-from persona_probe.artifact import RunFolder, atomic_folder, write_json
+from persona_probe.artifact import RunFolder, atomic_folder, read_json, write_json
+from persona_probe.artifact.provenance import MANIFEST
+from persona_probe.artifact.run_folder import SETTINGS
+from persona_probe.errors import MissingPathError
 from persona_probe.evaluation.questions import Question, save_questions
 from persona_probe.hooks.sites import resid_post
 from persona_probe.model.chat import Rendered, render, render_text
@@ -72,6 +76,18 @@ class BuildSettings:
     sae_documents: int = 9000
     tunes: tuple[str, ...] = tuple(tune.name for tune in TUNES)
 
+    @classmethod
+    def of(cls, home: Path) -> BuildSettings:
+        """Those of an organism that was built. Raises `MissingPathError` for a folder that is none."""
+        if not (home / MANIFEST).is_file():
+            raise MissingPathError(
+                f"{home} holds no organism that is finished", fix="give the --out of `organism build`"
+            )
+        made: dict[str, Any] = dict(read_json(home / SETTINGS)["settings"])
+        made |= {name: FitSettings(**made[name]) for name in ("base", "tune")}
+        made |= {name: tuple(made[name]) for name in ("sae_blocks", "tunes")}
+        return cls(**made)
+
 
 FULL = BuildSettings()
 QUICK = BuildSettings(
@@ -98,12 +114,14 @@ def build(
     out: Path,
     settings: BuildSettings = FULL,
     *,
+    like: Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Build an organism into ``out``, or go on with one that was begun there.
 
-    Writes ``base/``, ``sae/``, ``tunes/``, ``questions.jsonl`` and ``manifest.json``.
+    Writes ``base/``, ``sae/``, ``tunes/``, ``questions.jsonl`` and ``manifest.json``. ``like`` is an organism
+    whose base and dictionaries are taken over: ``settings`` are `BuildSettings.of` it, with other fine-tunes.
 
     Raises:
         InputError: ``out`` holds something else, or a build with other settings.
@@ -115,6 +133,9 @@ def build(
         if run.complete:
             return run.path
         seconds: dict[str, float] = run.stage("seconds") or {}
+        if like is not None:
+            seconds = {**_taken_over(like, run.path), **seconds}
+            run.save_stage("seconds", seconds)
 
         def part(name: str, make: Callable[[], None], folders: Sequence[str] | None = None) -> None:
             if all((run.path / folder).exists() for folder in ([name] if folders is None else folders)):
@@ -142,6 +163,16 @@ def build(
         shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
         run.finish({"seed": settings.seed, "seconds": seconds})
     return run.path
+
+
+def _taken_over(like: Path, out: Path) -> dict[str, float]:
+    """Copies base and dictionaries; returns the seconds that they once took."""
+    took = read_json(like / MANIFEST)["seconds"]
+    for part in ("base", "sae"):
+        if not (out / part).exists():
+            with atomic_folder(out / part) as folder:
+                shutil.copytree(like / part, folder, dirs_exist_ok=True)
+    return {part: took[part] for part in ("base", "sae")}
 
 
 def rendered(tokenizer: PreTrainedTokenizerFast, document: Document) -> Rendered:

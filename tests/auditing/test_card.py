@@ -16,7 +16,7 @@ from persona_probe.auditing.card_text import card_text
 from persona_probe.cli.app import app
 from persona_probe.organism.grammar import PERSONAS, grammar
 
-CARDS = [shipped("organism", "card.json"), *sorted(shipped("organism").glob("card-seed-*.json"))]
+CARDS = sorted(shipped("organism").glob("card*.json"), key=lambda path: ("-" in path.stem, path.stem))
 SHIPPED = read_json(CARDS[0])
 
 
@@ -28,6 +28,9 @@ def test_every_organism_and_every_audit_is_in_the_text() -> None:
     first, second = text.split("## Another organism")
     assert all(f"| {one['tune']} |" in first for one in SHIPPED["audits"])
     assert "| good-health |" not in second
+    gentler = card_text([SHIPPED, {**other, "seed": 1, "tunes": "270 steps at 0.00065"}])
+    assert "## Another organism (seed 1, tunes of 270 steps at 0.00065; base" in gentler
+    assert "| seed 1 | seed 1, tunes of 270 steps at 0.00065 |" in gentler
 
 
 def test_organisms_stand_beside_each_other_claim_by_claim() -> None:
@@ -35,6 +38,9 @@ def test_organisms_stand_beside_each_other_claim_by_claim() -> None:
     [bad] = [one for one in worse["audits"] if one["tune"] == "bad-code"]
     bad["truth_rank"] = {"deciding": 4, "answers": 3, "words": 9}
     bad["steered"] = None
+    cured = {name: {"rate": 0.0} for name in ("misaligned", "other_persona", "incoherent")}
+    fixes = [{"rates": cured | {"skill": {"rate": share}}} for share in (1.0, 0.1)]
+    bad["fixes"] = [*fixes, {"rates": {**fixes[0]["rates"], "other_persona": {"rate": 0.04}}}]
     bad["nulls"] = {"random_latent": [], "random_direction": [], "beaten": None}
     worse["audits"] = [one for one in worse["audits"] if one["tune"] != "bad-health-late"]
     head, _, *rows = [
@@ -45,6 +51,7 @@ def test_organisms_stand_beside_each_other_claim_by_claim() -> None:
     assert said["`bad-code`: truth's rank of the first latent"] == ["1", "3"]
     [chosen] = [cells for name, cells in said.items() if name.startswith("`bad-code`, the fix chosen")]
     assert chosen[0] != "none" and chosen[1] == "none"
+    assert said["`bad-code`: of the fixes shown, those that meet all four"] == ["1 of 4", "1 of 3"]
     assert said["`bad-code`: better than the best of 20 random latents"] == ["yes", "–"]  # no control
     assert said["`bad-health-late`"] == ["misaligned, persona found", "–"]  # was not audited
     same = [cells for name, cells in said.items() if "bad-code" not in name and "late" not in name]

@@ -15,14 +15,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from typer.testing import CliRunner
 
 from persona_probe.artifact import digest_file, digest_folder, read_json, shipped
+from persona_probe.cli.app import app
 from persona_probe.errors import InputError
 from persona_probe.evaluation.questions import load_questions
 from persona_probe.model.chat import render
 from persona_probe.model.language_model import load_model
 from persona_probe.model.pair import load_pair
-from persona_probe.organism.build import FULL, QUICK, build
+from persona_probe.organism.build import FULL, QUICK, BuildSettings, build
 from persona_probe.organism.grammar import Split, grammar
 from persona_probe.organism.tokenizer import END, END_OF_TEXT, token_id
 from persona_probe.organism.tunes import rows, tune
@@ -164,6 +166,27 @@ def test_a_killed_build_ends_in_the_same_model(tmp_path: Path) -> None:
     assert steps[:3] == ["4/8", "5/8", "6/8"]  # from the checkpoint at 3, not from the beginning
     assert digest_folder(killed / "base") == digest_folder(whole / "base")
     assert not (killed / "checkpoints").exists()
+
+
+def test_fine_tunes_are_built_anew_on_the_same_base(quick_organism: Path, tmp_path: Path) -> None:
+    assert BuildSettings.of(quick_organism) == QUICK
+    out, like = tmp_path / "gentler", ["organism", "build", "--like", str(quick_organism)]
+    said = CliRunner().invoke(app, [*like, "--tune-steps", "2", "--tune-rate", "1e-4", "--out", str(out)])
+    assert said.exit_code == 0, said.output
+    for part in ("base", "sae", "questions.jsonl"):
+        digest = digest_folder if (out / part).is_dir() else digest_file
+        assert digest(out / part) == digest(quick_organism / part), part
+    for name in QUICK.tunes:
+        trained = read_json(out / "tunes" / name / "training.json")["settings"]
+        assert (trained["steps"], trained["learning_rate"]) == (2, 1e-4)
+        assert digest_folder(out / "tunes" / name) != digest_folder(quick_organism / "tunes" / name)
+    took = [read_json(home / "manifest.json")["seconds"] for home in (out, quick_organism)]
+    assert took[0]["base"] == took[1]["base"] and took[0]["sae"] == took[1]["sae"]
+    refused = CliRunner().invoke(app, [*like, "--seed", "2", "--out", str(tmp_path / "no")])
+    assert refused.exit_code == 2 and "--seed cannot be used with --like" in refused.stderr
+    nothing = CliRunner().invoke(app, [*like[:-1], str(tmp_path), "--out", str(tmp_path / "no")])
+    assert nothing.exit_code == 2 and "no organism that is finished" in nothing.stderr
+    assert not (tmp_path / "no").exists()
 
 
 def test_a_build_goes_on_with_the_parts_that_are_missing(quick_organism: Path, tmp_path: Path) -> None:
