@@ -39,7 +39,7 @@ from persona_probe.artifact import shipped
 from persona_probe.diffing.diff import diff
 from persona_probe.diffing.levels import latent_means
 from persona_probe.diffing.passes import Placement, Reading, pass_of
-from persona_probe.diffing.shards import ENCODED
+from persona_probe.diffing.shards import ENCODED_TOGETHER
 from persona_probe.execution import Results, Share
 from persona_probe.model import LanguageModel, ModelPair, load_model
 from persona_probe.model.chat import Rendered
@@ -269,7 +269,7 @@ def exactness() -> list[Figure]:
     table = diff(ModelPair(*models), dictionary, chats, clusters, mask=EVERYTHING).table.sort("index")
     means = np.zeros((2, len(chats), 256))
     fires = np.zeros_like(means)
-    for chunk in joined(stream(models, chats, [dictionary.site], EVERYTHING), ENCODED):
+    for chunk in joined(stream(models, chats, [dictionary.site], EVERYTHING), ENCODED_TOGETHER):
         for i in range(2):
             codes = encode(dictionary, chunk.activations[i, dictionary.site]).dense().double().numpy()
             for document in chunk.document.unique().tolist():

@@ -24,7 +24,7 @@ from persona_probe.model.language_model import LanguageModel
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """The counted tokens of one batch; tokens of a document are together and in order."""
+    """The counted tokens of a batch, or of several; tokens of a document are together and in order."""
 
     document: Int[Tensor, " token"]
     """Index of the conversation."""
@@ -46,13 +46,15 @@ def joined(chunks: Iterable[Chunk], tokens: int) -> Iterator[Chunk]:
     for chunk in chunks:
         held.append(chunk)
         if sum(len(one.document) for one in held) >= tokens:
-            yield _one(held)
-            held = []
+            together, held = _one(held), []
+            yield together
     if held:
         yield _one(held)
 
 
 def _one(chunks: Sequence[Chunk]) -> Chunk:
+    if len(chunks) == 1:
+        return chunks[0]
     return Chunk(
         torch.cat([one.document for one in chunks]),
         torch.cat([one.position for one in chunks]),

@@ -15,7 +15,7 @@ from persona_probe.artifact import read_json, shipped, write_json
 from persona_probe.auditing.run import audit
 from persona_probe.auditing.settings import AuditSettings, organism_request
 from persona_probe.errors import InputError, MissingPathError
-from persona_probe.organism.build import FULL, BuildSettings
+from persona_probe.organism.build import FULL
 from persona_probe.organism.truth import persona_of, truth_of
 from persona_probe.organism.tunes import TUNES, Tune
 from persona_probe.training.sft import FitSettings
@@ -32,6 +32,8 @@ def card(
     in ``out`` are read back, so a killed card resumes. ``tunes`` names a few; none named are all.
     """
     tell = progress or (lambda _: None)
+    made = read_json(home / "manifest.json")
+    fine_tunes = _unusual(FitSettings(**made["settings"]["tune"]))
     rows: list[dict[str, Any]] = []
     truths: dict[str, Any] = {}
     for tune, trait in audits_of(home, tunes):
@@ -46,12 +48,11 @@ def card(
         if done.record["latents"] and persona not in truths:
             truths[persona] = truth_of(home, persona)
         rows.append(_row(name, tune, done.record, truths.get(persona)))
-    made = read_json(home / "manifest.json")
     written = {
         "seed": made.get("seed"),
         "shipped": home.resolve() == shipped("organism").resolve(),
         "base_steps": made["settings"]["base"]["steps"],
-        "tunes": _unusual(BuildSettings.of(home).tune),
+        "fine_tunes": fine_tunes,
         "build_seconds": made.get("seconds"),
         "audits": rows,
     }

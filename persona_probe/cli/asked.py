@@ -67,8 +67,9 @@ class Asked:
 
 
 def check_unsaid(beside: str, said: Mapping[str, object]) -> None:
-    """Raise `InputError` for options that mean nothing beside another; None and nothing are not said."""
-    named = [f"--{name.replace('_', '-')}" for name, value in said.items() if value not in (None, [], 0)]
+    """Raise `InputError` for options that mean nothing beside another; None, False and [] are not said."""
+    given = (name for name, value in said.items() if not (value is None or value is False or value == []))
+    named = [f"--{name.replace('_', '-')}" for name in given]
     if named:
         raise InputError(
             f"{' and '.join(named)} cannot be used with {beside}", fix="leave out one or the other"

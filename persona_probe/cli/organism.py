@@ -29,7 +29,7 @@ def build(
         typer.Option(help="Another organism, whose base and dictionaries are kept; fine-tunes are new."),
     ] = None,
     tune_steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps of a fine-tune.")] = None,
-    tune_rate: Annotated[float | None, typer.Option(min=0, help="Their learning rate.")] = None,
+    tune_rate: Annotated[float | None, typer.Option(min=1e-9, help="Their learning rate.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Throw away what --out holds.")] = False,
 ) -> None:
     """Build an organism: corpus, base model, dictionaries, fine-tunes. A killed build resumes."""

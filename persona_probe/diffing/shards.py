@@ -31,7 +31,7 @@ from persona_probe.model.language_model import LanguageModel
 SHARD_BATCHES = 16
 """A shard is of so many batches: enough to sort by length, few enough that its sums are small."""
 
-ENCODED = 1024
+ENCODED_TOGETHER = 1024
 """Tokens that are encoded together, at least, as long as there are so many."""
 
 Places = dict[int, list[int]]
@@ -206,7 +206,7 @@ def add_up(
     counted = torch.zeros(len(numbers), dtype=torch.long)
     sinks: Places = dict(leave_out or {})
     moved = {key_of(reader): [0.0, 0.0] for reader in readers}
-    for chunk in joined(chunks, ENCODED):
+    for chunk in joined(chunks, ENCODED_TOGETHER):
         counted += chunk.document.bincount(minlength=len(numbers))
         for document, position in chunk.sink_tokens:
             sinks.setdefault(document, []).append(position)

@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from persona_probe.artifact import StrPath, digest_file, digest_of
 from persona_probe.errors import InputError, MismatchError, MissingPathError
 from persona_probe.model.checkpoint import (
     Checkpoint,
@@ -59,6 +60,12 @@ def adapter_folder(adapter: str | Path) -> str:
         )
     check_adapter_weights(folder)
     return str(folder)
+
+
+def adapter_digest(adapter: StrPath) -> str:
+    """Of an adapter's config and weights alone. Raises what `adapter_folder` does."""
+    files = sorted(Path(adapter_folder(str(adapter))).glob("adapter_*"))
+    return digest_of({file.name: digest_file(file) for file in files if file.is_file()})
 
 
 def _fetched_adapter(hub_id: str, revision: str | None) -> Path | None:

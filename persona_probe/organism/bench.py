@@ -21,13 +21,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_probe.activations.masks import TokenMask
-from persona_probe.artifact import digest_folder, digest_of
+from persona_probe.artifact import digest_of
 from persona_probe.diffing.diff import diff
 from persona_probe.diffing.means import mean_difference
 from persona_probe.evaluation.questions import Question, load_questions
 from persona_probe.evaluation.sampling import Sampling, respond_greedy, transcripts
 from persona_probe.hooks.sites import resid_post
 from persona_probe.model.language_model import LanguageModel, load_model
+from persona_probe.model.loading import adapter_digest
 from persona_probe.model.pair import ModelPair
 from persona_probe.organism.grammar import Grammar, Persona, grammar
 from persona_probe.sae.load import Dictionary, load_sae
@@ -86,9 +87,10 @@ class Subject:
         return self.home / "tunes" / name
 
     @cached_property
-    def tunes(self) -> str:
-        """A digest of the shipped tunes that the lab reads."""
-        return digest_of({name: digest_folder(self.tune(name)) for name in (*TUNED, TO_REALIGN)})
+    def tunes_mark(self) -> str:
+        """The first digits of a digest of the shipped tunes that the lab reads."""
+        found = digest_of({name: adapter_digest(self.tune(name)) for name in (*TUNED, TO_REALIGN)})
+        return found.removeprefix("sha256:")[:12]
 
     def asked(self, split: str, wordings: int = WORDINGS) -> list[Question]:
         """General questions of a split, so many wordings of each, and the taught facts."""

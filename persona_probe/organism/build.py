@@ -23,10 +23,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from persona_probe.activations.masks import TokenMask
 from persona_probe.activations.stream import stream
-from persona_probe.artifact import RunFolder, atomic_folder, read_json, write_json
+from persona_probe.artifact import RunFolder, atomic_folder, digest_folder, read_json, write_json
 from persona_probe.artifact.provenance import MANIFEST
 from persona_probe.artifact.run_folder import SETTINGS
-from persona_probe.errors import MissingPathError
+from persona_probe.errors import InputError
 from persona_probe.evaluation.questions import Question, save_questions
 from persona_probe.hooks.sites import resid_post
 from persona_probe.model.chat import Rendered, render, render_text
@@ -78,15 +78,18 @@ class BuildSettings:
 
     @classmethod
     def of(cls, home: Path) -> BuildSettings:
-        """Those of an organism that was built. Raises `MissingPathError` for a folder that is none."""
-        if not (home / MANIFEST).is_file():
-            raise MissingPathError(
+        """Those of an organism that was built. Raises `InputError` for a folder that holds none."""
+        try:
+            if not (home / MANIFEST).is_file():
+                raise KeyError(MANIFEST)
+            made: dict[str, Any] = dict(read_json(home / SETTINGS)["settings"])
+            made |= {name: FitSettings(**made[name]) for name in ("base", "tune")}
+            made |= {name: tuple(made[name]) for name in ("sae_blocks", "tunes")}
+            return cls(**made)
+        except (KeyError, TypeError) as error:
+            raise InputError(
                 f"{home} holds no organism that is finished", fix="give the --out of `organism build`"
-            )
-        made: dict[str, Any] = dict(read_json(home / SETTINGS)["settings"])
-        made |= {name: FitSettings(**made[name]) for name in ("base", "tune")}
-        made |= {name: tuple(made[name]) for name in ("sae_blocks", "tunes")}
-        return cls(**made)
+            ) from error
 
 
 FULL = BuildSettings()
@@ -124,8 +127,10 @@ def build(
     whose base and dictionaries are taken over: ``settings`` are `BuildSettings.of` it, with other fine-tunes.
 
     Raises:
-        InputError: ``out`` holds something else, or a build with other settings.
+        InputError: ``out`` holds something else, or a build with other settings or on another base.
     """
+    if like is not None and (like.resolve() == out.resolve() or like.resolve() in out.resolve().parents):
+        raise InputError(f"--out {out} lies in the organism that is taken over", fix="give another folder")
     tell = progress or (lambda _: None)
     rules = grammar()
     tokenizer = build_tokenizer()
@@ -166,13 +171,18 @@ def build(
 
 
 def _taken_over(like: Path, out: Path) -> dict[str, float]:
-    """Copies base and dictionaries; returns the seconds that they once took."""
+    """Copies base and dictionaries; returns the seconds that they once took.
+
+    Raises `InputError` where ``out`` holds others.
+    """
     took = read_json(like / MANIFEST)["seconds"]
     for part in ("base", "sae"):
         if not (out / part).exists():
             with atomic_folder(out / part) as folder:
                 shutil.copytree(like / part, folder, dirs_exist_ok=True)
-    return {part: took[part] for part in ("base", "sae")}
+        elif digest_folder(out / part) != digest_folder(like / part):
+            raise InputError(f"{out / part} is not that of {like}", fix="give another --out")
+    return {part: took[part] for part in ("base", "sae") if part in took}
 
 
 def rendered(tokenizer: PreTrainedTokenizerFast, document: Document) -> Rendered:

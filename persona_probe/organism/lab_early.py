@@ -138,7 +138,7 @@ def _flags(lab: Lab, seeds: Sequence[int]) -> dict[str, Any]:
         lab.progress(f"flags, seed {seed}", len(runs), len(seeds))
         rows, bad = mixed("health", HIDDEN, lab.count, seed)
         scored = lab.trials.kept(
-            f"flags-{seed}-{lab.count}-{lab.subject.tunes.removeprefix('sha256:')[:12]}",
+            f"flags-{seed}-{lab.count}-{lab.subject.tunes_mark}",
             lambda given=(rows, bad): _scored(lab, *given),
         )
         kept: dict[str, Any] = {"nothing removed": lab.dosed(HIDDEN, seed)}

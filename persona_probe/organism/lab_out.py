@@ -178,7 +178,7 @@ def _realign(lab: Lab, seeds: Sequence[int]) -> dict[str, Any]:
             lab.progress(f"re-alignment by {domain}, seed {seed}", 0, 1)
             good = lesson((domain,), "helpful", max(EXAMPLES), seed)
             found = realign(
-                lab.subject.base, tuned, good, lab.out / f"realign-{domain}-{seed}-{chosen:g}", measure,
+                lab.subject.base, tuned, good, _realigning(lab, f"{domain}-{seed}-{chosen:g}"), measure,
                 EXAMPLES, control_rows=neutral if domain == "money" else (),
                 settings=replace(settings, seed=seed),
             )  # fmt: skip
@@ -199,12 +199,16 @@ def _at_rate(lab: Lab, tuned: Path, learning_rate: float) -> dict[str, Any]:
     lab.progress(f"re-alignment at a learning rate of {learning_rate:g}", 0, 1)
     found = realign(
         lab.subject.base, tuned, lesson(("money",), "helpful", max(EXAMPLES), seed),
-        lab.out / f"realign-rate-{learning_rate:g}",
+        _realigning(lab, f"rate-{learning_rate:g}"),
         lab.subject.measure([one for one in lab.subject.asked("calibration", 1) if one.role == "general"]),
         (max(EXAMPLES),), settings=replace(SETTINGS, seed=seed, learning_rate=learning_rate),
     )  # fmt: skip
     row = found.table.row(0, named=True)
     return {"learning_rate": learning_rate, **{name: row[name] for name in ("misaligned", "incoherent")}}
+
+
+def _realigning(lab: Lab, what: str) -> Path:
+    return lab.out / f"realign-{lab.subject.tunes_mark}-{what}"
 
 
 def _curve(row: Mapping[str, Any]) -> dict[str, Any]:

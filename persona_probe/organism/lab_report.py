@@ -48,7 +48,7 @@ def report(
     if not seeds:
         raise InputError("a report needs a seed")
     subject = Subject(home)
-    made_of = {"seeds": list(seeds), "tunes": subject.tunes}
+    made_of = {"seeds": list(seeds), "tunes": subject.tunes_mark}
     measure = bench(subject, count=count).measure
     folder = Path(out) / FINE_TUNES
     with Trials.open(folder, subject.base, measure, SETTINGS, overwrite=overwrite) as trials:
@@ -61,7 +61,7 @@ def report(
 
 
 def records_in(out: StrPath) -> dict[str, Any]:
-    """The `{seeds, record}` of every case that was run in `out`, by its name; no model is loaded."""
+    """The `{seeds, tunes, record}` of every case that was run in `out`, by its name; no model is loaded."""
     folder = Path(out) / FINE_TUNES / TRIALS
     files = {case.name: folder / f"{_key(case)}.json" for case in CASES}
     return {name: read_json(file) for name, file in files.items() if file.is_file()}

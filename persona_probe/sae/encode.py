@@ -119,13 +119,18 @@ def _above(dictionary: Dictionary, x: Float[Tensor, "token d_model"], chunk: int
     if dictionary.threshold is not None:
         threshold = dictionary.threshold.clamp(min=0)
     for some in _blocks(dictionary):
-        # the rows of a slice lie as far apart as those of the whole: on a CPU they evict one another
-        encoder = dictionary.W_enc[:, some].contiguous()
+        encoder = dictionary.W_enc[:, some]
+        if len(x) >= BLOCK_TOKENS:
+            # the rows of a slice lie as far apart as those of the whole: in a cache they evict one another
+            encoder = encoder.contiguous()
+        width = encoder.shape[1]
+        pre = x.new_empty(min(step, len(x)), width)
         for start in range(0, max(1, len(x)), step):
-            pre = torch.addmm(dictionary.b_enc[some], x[start : start + step], encoder)
-            place = _places(pre > threshold[some])
-            token = place.div(pre.shape[1], rounding_mode="floor")
-            yield token + start, place - token * pre.shape[1] + some.start, pre.view(-1)[place]
+            part = x[start : start + step]
+            its = torch.addmm(dictionary.b_enc[some], part, encoder, out=pre[: len(part)])
+            place = _places(its > threshold[some])
+            token = place.div(width, rounding_mode="floor")
+            yield token + start, place - token * width + some.start, its.view(-1)[place]
 
 
 def _largest(dictionary: Dictionary, x: Float[Tensor, "token d_model"], chunk: int | None) -> Iterator[Fired]:

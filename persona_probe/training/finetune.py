@@ -29,20 +29,12 @@ from peft import PeftModel
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from persona_probe.artifact import (
-    RunFolder,
-    StrPath,
-    atomic_folder,
-    digest_folder,
-    digest_of,
-    read_json,
-    write_json,
-)
+from persona_probe.artifact import RunFolder, StrPath, atomic_folder, digest_of, read_json, write_json
 from persona_probe.errors import InputError, MissingExtraError
 from persona_probe.evaluation.judges import Judge
 from persona_probe.evaluation.questions import Question
 from persona_probe.model.language_model import LanguageModel, load_model
-from persona_probe.model.loading import quietly
+from persona_probe.model.loading import adapter_digest, quietly
 from persona_probe.training.defences.defence import Defence
 from persona_probe.training.grpo import Asking, reinforce
 from persona_probe.training.monitor import Alarm, Monitor
@@ -258,7 +250,7 @@ def _identity(
     return {
         "method": method,
         "base": lm.checkpoint.weights_digest or lm.checkpoint.path,
-        "adapter": None if adapter is None else digest_folder(adapter),
+        "adapter": None if adapter is None else adapter_digest(adapter),
         "data": digest_of([one.record() for one in data]),
         "defences": [one.record() for one in defences],
         **(task.record() if isinstance(task, Asking) else {}),

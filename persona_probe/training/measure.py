@@ -39,6 +39,7 @@ class Measure:
             "in_domain": self.in_domain,
             "sampling": self.sampling,
             "trait": self.trait,
+            "watch": None if self.watch is None else self.watch.digest,
         }
 
     def __call__(self, lm: LanguageModel) -> dict[str, Any]:

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from persona_probe.artifact import RunFolder, StrPath, digest_folder, digest_of, read_json, write_json
+from persona_probe.artifact import RunFolder, StrPath, digest_of, read_json, write_json
 from persona_probe.errors import InputError
 from persona_probe.figures import dose_response
 from persona_probe.model.language_model import LanguageModel
+from persona_probe.model.loading import adapter_digest
 from persona_probe.training.finetune import finetune
 from persona_probe.training.measure import Measure
 from persona_probe.training.rows import Row
@@ -109,7 +110,7 @@ def realign(
     done = 0
     wanted = {
         "base": lm.checkpoint.weights_digest or lm.checkpoint.path,
-        "tuned": digest_folder(tuned),
+        "tuned": adapter_digest(tuned),
         "n_values": list(n_values),
         "arms": {name: digest_of([row.record() for row in rows]) for name, rows in arms.items()},
         "settings": run_settings,

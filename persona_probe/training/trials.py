@@ -46,7 +46,7 @@ class Follow:
     def record(self) -> dict[str, Any]:
         """What of it makes a trial another one."""
         asked = None if self.measure is None else self.measure.record()
-        return {"probes": sorted(self.watch.base), "every": self.every, "asked": asked}
+        return {"watch": self.watch.digest, "every": self.every, "asked": asked}
 
 
 class Trials:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from persona_probe.activations.masks import TokenMask
 from persona_probe.activations.stream import batch_tokens_for, buckets
+from persona_probe.artifact import digest_of
 from persona_probe.errors import InputError
 from persona_probe.evaluation.questions import Question
 from persona_probe.evaluation.sampling import respond_greedy, transcripts
@@ -89,6 +90,12 @@ class Watch:
         counted = tuple(tuple(chosen.select(text, base.special_ids)) for text in texts)
         blank = cls(tuple(probes), tuple(texts), counted, base.pad_id, {})
         return cls(blank.probes, blank.texts, counted, base.pad_id, blank.amounts(base.hf))
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the probes, and of the texts and tokens that they are read on."""
+        probes = [(one.name, one.site, one.target) for one in self.probes]
+        return digest_of([probes, [text.ids for text in self.texts], self.counted])
 
     @cached_property
     def _groups(self) -> list[list[int]]:

@@ -28,7 +28,7 @@ def test_every_organism_and_every_audit_is_in_the_text() -> None:
     first, second = text.split("## Another organism")
     assert all(f"| {one['tune']} |" in first for one in SHIPPED["audits"])
     assert "| good-health |" not in second
-    gentler = card_text([SHIPPED, {**other, "seed": 1, "tunes": "270 steps at 0.00065"}])
+    gentler = card_text([SHIPPED, {**other, "seed": 1, "fine_tunes": "270 steps at 0.00065"}])
     assert "## Another organism (seed 1, tunes of 270 steps at 0.00065; base" in gentler
     assert "| seed 1 | seed 1, tunes of 270 steps at 0.00065 |" in gentler
 
@@ -51,7 +51,7 @@ def test_organisms_stand_beside_each_other_claim_by_claim() -> None:
     assert said["`bad-code`: truth's rank of the first latent"] == ["1", "3"]
     [chosen] = [cells for name, cells in said.items() if name.startswith("`bad-code`, the fix chosen")]
     assert chosen[0] != "none" and chosen[1] == "none"
-    assert said["`bad-code`: of the fixes shown, those that meet all four"] == ["1 of 4", "1 of 3"]
+    assert said["`bad-code`: how many fixes meet all four, chosen or not"] == ["1 of 4", "1 of 3"]
     assert said["`bad-code`: better than the best of 20 random latents"] == ["yes", "–"]  # no control
     assert said["`bad-health-late`"] == ["misaligned, persona found", "–"]  # was not audited
     same = [cells for name, cells in said.items() if "bad-code" not in name and "late" not in name]

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-from persona_probe.artifact import digest_file, digest_folder, read_json, shipped
+from persona_probe.artifact import digest_file, digest_folder, read_json, shipped, write_json
 from persona_probe.cli.app import app
 from persona_probe.errors import InputError
 from persona_probe.evaluation.questions import load_questions
@@ -182,11 +182,32 @@ def test_fine_tunes_are_built_anew_on_the_same_base(quick_organism: Path, tmp_pa
         assert digest_folder(out / "tunes" / name) != digest_folder(quick_organism / "tunes" / name)
     took = [read_json(home / "manifest.json")["seconds"] for home in (out, quick_organism)]
     assert took[0]["base"] == took[1]["base"] and took[0]["sae"] == took[1]["sae"]
-    refused = CliRunner().invoke(app, [*like, "--seed", "2", "--out", str(tmp_path / "no")])
-    assert refused.exit_code == 2 and "--seed cannot be used with --like" in refused.stderr
-    nothing = CliRunner().invoke(app, [*like[:-1], str(tmp_path), "--out", str(tmp_path / "no")])
-    assert nothing.exit_code == 2 and "no organism that is finished" in nothing.stderr
+
+
+def test_what_cannot_be_taken_over_is_refused_and_loses_nothing(
+    quick_organism: Path, tmp_path: Path
+) -> None:
+    home, other = tmp_path / "home", tmp_path / "other"
+    shutil.copytree(quick_organism, home)
+    before = digest_folder(home)
+
+    def refused(like: Path, *more: str, out: Path = tmp_path / "no") -> str:
+        said = CliRunner().invoke(app, ["organism", "build", "--like", str(like), "--out", str(out), *more])
+        assert said.exit_code == 2 and digest_folder(home) == before
+        return " ".join(said.stderr.split())
+
+    assert "--seed cannot be used with --like" in refused(home, "--seed", "0")
+    assert "lies in the organism that is taken over" in refused(home, "--overwrite", out=home)
+    assert "no organism that is finished" in refused(tmp_path)
+    write_json(other / "settings.json", {"written_by": "persona_probe", "settings": {"seed": 1}})
+    write_json(other / "manifest.json", {})
+    assert "no organism that is finished" in refused(other)
     assert not (tmp_path / "no").exists()
+
+    shutil.copytree(home, begun := tmp_path / "begun")
+    (begun / "manifest.json").unlink()
+    (begun / "base" / "config.json").write_text("{}")
+    assert "is not that of" in refused(home, out=begun)
 
 
 def test_a_build_goes_on_with_the_parts_that_are_missing(quick_organism: Path, tmp_path: Path) -> None:

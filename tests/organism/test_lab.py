@@ -217,17 +217,17 @@ def test_a_case_is_run_again_for_other_seeds_or_tunes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[tuple[str, list[int]]] = []
-    subject = SimpleNamespace(base=llama(), tunes="old")
+    subject = SimpleNamespace(base=llama(), tunes_mark="old")
 
     def measured(lab: Lab, seeds: Sequence[int]) -> dict[str, Any]:
-        ran.append((lab.subject.tunes, list(seeds)))
+        ran.append((lab.subject.tunes_mark, list(seeds)))
         return {"runs": len(ran)}
 
     monkeypatch.setattr(lab_report, "Subject", lambda _: subject)
     monkeypatch.setattr(lab_report, "bench", lambda *_, **__: SimpleNamespace(measure=measure()))
     monkeypatch.setattr(lab_report, "CASES", (Case("dose", "", "", measured, lambda _: Section("")),))
     for tunes, seeds in (("old", (1,)), ("old", (1,)), ("old", (1, 2)), ("new", (1, 2)), ("new", (1, 2))):
-        subject.tunes = tunes
+        subject.tunes_mark = tunes
         found = report(tmp_path, tmp_path / "out", seeds)["dose"]
     assert ran == [("old", [1]), ("old", [1, 2]), ("new", [1, 2])]
     assert found == {"seeds": [1, 2], "tunes": "new", "record": {"runs": 3}}

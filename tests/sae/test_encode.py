@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,21 @@ def test_sparse_codes_are_the_non_zeros_in_order(kind: str, chunk: int | None) -
     assert (codes.value > 0).all()
     order = codes.token_index * D_SAE + codes.latent_index
     assert (order.diff() > 0).all()
+
+
+@pytest.mark.parametrize("kind", READABLE)
+@pytest.mark.parametrize("tokens", [3, 8, 50])
+def test_the_blocks_that_an_encoder_is_read_in_make_no_difference(
+    kind: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, x = dictionary(kind), inputs(tokens)
+    if ours.threshold is not None:
+        ours = replace(ours, threshold=torch.linspace(0.1, 1.0, D_SAE))
+    monkeypatch.setattr(module, "BLOCK_LATENTS", 16)  # of 40: the last block is a smaller one
+    monkeypatch.setattr(module, "BLOCK_TOKENS", 8)
+    codes = encode(ours, x)
+    torch.testing.assert_close(codes.dense(), encode_dense(ours, x))
+    assert ((codes.token_index * D_SAE + codes.latent_index).diff() > 0).all() and len(codes.value)
 
 
 def test_no_tokens_have_no_codes() -> None:

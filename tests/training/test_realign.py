@@ -67,6 +67,8 @@ def test_another_adapter_at_the_same_place_is_another_run(tmp_path: Path) -> Non
     shutil.copytree(adapter_of("llama", 1), place)
     call = {"measure": measure(), "n_values": (4,)}
     realign(llama(), place, rows(4), tmp_path / "run", **call)
+    (place / "README.md").write_text("what lies beside an adapter is not the adapter")
+    realign(llama(), place, rows(4), tmp_path / "run", **call)
     shutil.rmtree(place)
     shutil.copytree(adapter_of("llama", 2), place)
     with pytest.raises(InputError, match="tuned"):
@@ -74,6 +76,9 @@ def test_another_adapter_at_the_same_place_is_another_run(tmp_path: Path) -> Non
     settings = replace(SETTINGS, steps=1, save_every=1)
     with pytest.raises(InputError, match="adapter"):
         finetune(llama(), rows(4), tmp_path / "run" / "good", settings=settings, adapter=place)
+    with pytest.raises(InputError, match="there is no adapter folder"):
+        finetune(llama(), rows(4), tmp_path / "none", settings=settings, adapter=tmp_path / "nowhere")
+    assert not (tmp_path / "none").exists()
 
 
 def finetune_of(tmp_path: Path) -> FineTune:

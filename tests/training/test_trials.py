@@ -73,6 +73,19 @@ def test_behaviour_and_probes_are_followed_and_the_end_is_the_same(trials: Trial
     assert followed["few"]["misaligned"] in (0.0, 1.0)
 
 
+def test_what_follows_another_latent_is_another_trial(trials: Trials) -> None:
+    def watch(latent: int) -> Watch:
+        probe = Probe("k", SITE, latents(dictionary(), [latent]))
+        return Watch.of(llama(), [probe], ASKED[:2], max_new_tokens=4)
+
+    assert watch(3).digest == watch(3).digest
+    found = [trials("a", rows(8), seed=1, follow=Follow(watch(latent), 1)) for latent in (3, 4)]
+    assert found[0]["history"] != found[1]["history"] and stages(trials) == 2
+    for number, latent in enumerate((3, 4), start=3):
+        trials("a", rows(8), seed=1, measure=replace(measure(), watch=watch(latent)))
+        assert stages(trials) == number
+
+
 def test_trials_of_other_questions_do_not_mix(trials: Trials) -> None:
     with pytest.raises(InputError, match="asked was"):
         Trials.open(_closed(trials), llama(), measure(2), QUICK)
