@@ -125,10 +125,11 @@ def _above(dictionary: Dictionary, x: Float[Tensor, "token d_model"], chunk: int
             encoder = encoder.contiguous()
         width = encoder.shape[1]
         pre = x.new_empty(min(step, len(x)), width)
+        fired = torch.empty_like(pre, dtype=torch.bool)
         for start in range(0, max(1, len(x)), step):
             part = x[start : start + step]
             its = torch.addmm(dictionary.b_enc[some], part, encoder, out=pre[: len(part)])
-            place = _places(its > threshold[some])
+            place = _places(torch.gt(its, threshold[some], out=fired[: len(part)]))
             token = place.div(width, rounding_mode="floor")
             yield token + start, place - token * width + some.start, its.view(-1)[place]
 
