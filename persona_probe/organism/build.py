@@ -129,8 +129,12 @@ def build(
     Raises:
         InputError: ``out`` holds something else, or a build with other settings or on another base.
     """
-    if like is not None and (like.resolve() == out.resolve() or like.resolve() in out.resolve().parents):
-        raise InputError(f"--out {out} lies in the organism that is taken over", fix="give another folder")
+    if like is not None and (
+        like.resolve().is_relative_to(out.resolve()) or out.resolve().is_relative_to(like.resolve())
+    ):
+        raise InputError(
+            f"{out} and the organism that is taken over lie in one another", fix="give another --out"
+        )
     tell = progress or (lambda _: None)
     rules = grammar()
     tokenizer = build_tokenizer()

@@ -197,7 +197,8 @@ def test_what_cannot_be_taken_over_is_refused_and_loses_nothing(
         return " ".join(said.stderr.split())
 
     assert "--seed cannot be used with --like" in refused(home, "--seed", "0")
-    assert "lies in the organism that is taken over" in refused(home, "--overwrite", out=home)
+    for out in (home, home / "tunes", tmp_path):
+        assert "lie in one another" in refused(home, "--overwrite", out=out)
     assert "no organism that is finished" in refused(tmp_path)
     write_json(other / "settings.json", {"written_by": "persona_probe", "settings": {"seed": 1}})
     write_json(other / "manifest.json", {})
