@@ -19,8 +19,6 @@ from rich.markup import escape
 
 from persona_probe.errors import PersonaProbeError
 
-ORGANISM_TOKENS, TOKENS = 32, 600  # as `persona-probe evaluate`
-
 
 @task
 def misalignment(
@@ -55,6 +53,7 @@ def misalignment(
     """
     with _prerequisites():
         from persona_probe.evaluation.inspect_tasks import AskedOf, misalignment_task
+        from persona_probe.evaluation.longest import ORGANISM_TOKENS, TOKENS
 
         asked = AskedOf(questions, judge, samples_per_question, part, limit, system)
         config = GenerateConfig(

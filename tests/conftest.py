@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,6 +70,19 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(socket.socket, "connect", connect)
     yield
+
+
+@pytest.fixture(scope="session")
+def published() -> Callable[[str], Path]:
+    """A file that others have published, by name. None is part of the project: they may lie beside it."""
+
+    def find(name: str) -> Path:
+        path = Path(__file__).parents[2] / "shared" / "fixtures" / "published" / name
+        if not path.is_file():
+            pytest.skip(f"this published file is not beside the project: {path}")
+        return path
+
+    return find
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,14 @@ def digest_folder(path: StrPath) -> str:
     Names that begin with a dot (locks, caches) do not count.
     """
     return digest_of({name: digest_file(file) for name, file in _files(Path(path))})
+
+
+def digests_at(paths: Iterable[StrPath]) -> dict[str, str]:
+    """What files and folders hold now, by path."""
+    return {
+        str(path): digest_folder(path) if Path(path).is_dir() else digest_file(path)
+        for path in dict.fromkeys(map(Path, paths))
+    }
 
 
 def digest_of(obj: object) -> str:

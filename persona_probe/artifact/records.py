@@ -96,9 +96,7 @@ def read_jsonl(path: StrPath, *, torn_tail: bool = False) -> list[dict[str, Any]
     `InputError` naming the line.
     """
     rows: list[dict[str, Any]] = []
-    text = read_text(path)
-    if torn_tail and not text.endswith("\n"):
-        text = text[: text.rfind("\n") + 1]
+    text = _read(Path(path), whole_lines=torn_tail)
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -117,9 +115,14 @@ def read_jsonl(path: StrPath, *, torn_tail: bool = False) -> list[dict[str, Any]
 
 def read_text(path: StrPath) -> str:
     """The text (UTF-8) in `path`. Raises `MissingPathError` and `InputError`."""
-    path = Path(path)
+    return _read(Path(path))
+
+
+def _read(path: Path, *, whole_lines: bool = False) -> str:
+    """The text; of `whole_lines` without an unfinished last one, which may end inside a character."""
     try:
-        return path.read_text(encoding="utf-8")
+        raw = path.read_bytes()
+        return (raw[: raw.rfind(b"\n") + 1] if whole_lines else raw).decode()
     except FileNotFoundError as error:
         raise MissingPathError(f"there is no file {path}", fix=nearest(path)) from error
     except IsADirectoryError as error:

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from persona_probe.artifact.atomic import StrPath, disk_full_named, remove, remove_partials, writable
-from persona_probe.artifact.provenance import MANIFEST, digest_of, write_manifest
+from persona_probe.artifact.provenance import MANIFEST, check_manifest, digest_of, write_manifest
 from persona_probe.artifact.records import plain, read_json, write_json
 from persona_probe.errors import BusyError, InputError
 
@@ -109,6 +109,18 @@ class RunFolder:
         """Save the result of a finished stage (see `plain`), whole or not at all."""
         value = plain(obj)
         write_json(self._stage_file(name), {"digest": digest_of(value), "value": value})
+
+    def check_inputs(self, digests: Mapping[str, str], run: str) -> None:
+        """Raise `InputError` for the first input, by path, that is not as it was for the `run` ("audit") that
+        is here: finished, or begun and its stage `inputs` saved.
+        """
+        before = check_manifest(self.path)["inputs"] if self.complete else self.stage("inputs")
+        for path, digest in digests.items() if before else ():
+            if before.get(path) != digest:
+                raise InputError(
+                    f"{path} has changed since the {run} in {self.path}",
+                    fix="choose another --out, or pass --overwrite to do it again",
+                )
 
     def finish(self, manifest: Mapping[str, object]) -> None:
         """Write `manifest.json`: settings, `manifest`, versions, and every file's digest. What the stages

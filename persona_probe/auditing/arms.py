@@ -57,13 +57,20 @@ def null_arms(
     evidence: Sequence[SiteEvidence],
     winner: Finding,
     *,
-    like: Finding | None,
+    latents: Sequence[Finding],
     count: int,
     seed: int,
     budget: Budget,
 ) -> Nulls:
-    """Controls for ``winner``; random latents are drawn like the latents of ``like`` (None: none drawn)."""
-    pool = random_latents(evidence, like.candidate, count, seed=seed) if like is not None else []
+    """Controls for ``winner``: random sets of as many latents at its sites, or where it is made of directions
+    random latents like the first of ``latents`` (none found: none drawn). What was found is never drawn.
+    """
+    made_of_latents = all(carrier.index is not None for carrier in winner.candidate.carriers)
+    like = winner if made_of_latents else next(iter(latents), None)
+    found = {(c.site, c.index) for one in (winner, *latents) for c in one.candidate.carriers}
+    pool = (
+        random_latents(evidence, like.candidate, count, seed=seed, exclude=found) if like is not None else []
+    )
     doses = cures(inputs.pair.tuned, pool, calibration, budget) if pool else []
     fixes: list[Fix] = [dose.candidate.cure(*dose.best.knob) for dose in doses]
     moved = random_directions(winner.candidate.cure(*winner.cure.best.knob), count, seed=seed)

@@ -9,7 +9,6 @@ What a latent stands for is better told by a corpus: `persona-probe interpret`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from persona_probe.auditing.inquiry import Inquiry
@@ -19,7 +18,6 @@ from persona_probe.evaluation.sampling import transcripts
 from persona_probe.interpretation import interpret_all
 from persona_probe.model.chat import Rendered
 from persona_probe.model.language_model import LanguageModel
-from persona_probe.sae.load import Dictionary
 from persona_probe.screening.candidate import Carrier
 
 MOST = 5
@@ -47,7 +45,7 @@ def latent_cards(
     wanted = {(one.site, one.index): one for one in carriers[:MOST]}
     read = interpret_all(
         tuned,
-        [_unbound(dictionaries[site]).latent(index) for site, index in wanted if index is not None],
+        [dictionaries[site].latent(index) for site, index in wanted if index is not None],
         texts,
         labels=labels,
         silent="leave out",
@@ -65,11 +63,6 @@ def _carriers(found: Inquiry) -> list[Carrier]:
     fix = found.chosen.finding.candidate.carriers if found.chosen else ()
     first = found.screen.latents[0].candidate.carriers if found.screen and found.screen.latents else ()
     return [one for one in fix if one.index is not None] or list(first)
-
-
-def _unbound(dictionary: Dictionary) -> Dictionary:
-    """For a model of other weights than it was trained on, which the audit's gate has allowed."""
-    return replace(dictionary, meta={**dictionary.meta, "model_digest": None})
 
 
 def _answers(lm: LanguageModel, result: EvalResult) -> tuple[list[Rendered], list[dict[str, str]]]:

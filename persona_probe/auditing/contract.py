@@ -21,7 +21,7 @@ def audit_record(found: Inquiry) -> dict[str, Any]:
     validities = {site: one.validity for site, one in seen.diffs.items()}
     beats = None
     if chosen is not None and nulls is not None:
-        beats = arms_.better_than(chosen.control, nulls.latents)
+        beats = arms_.better_than(chosen.control, [*nulls.latents, *nulls.directions])
     closed = [f"{site}: {v.reason}" for site, v in validities.items() if v.gate != "pass"]
     unsearched = None if seen.contrasts else "no calibration answer shows the trait, so nothing was tried"
     effects = [effect for effect in found.sites.values() if effect == effect]
@@ -95,7 +95,10 @@ def audit_record(found: Inquiry) -> dict[str, Any]:
         "screen": {
             "stages": [{"name": n, "count": c} for n, c in found.screen.stages.items()]
             if found.screen
-            else []
+            else [],
+            # on calibration questions, where latents and doses are measured
+            "base": rates(found.screen.base) if found.screen else None,
+            "tuned": rates(found.screen.tuned) if found.screen else None,
         },
         "latents": record.latent_records(found.screen, seen) if found.screen else [],
         "intervention": "interventions" if chosen else None,

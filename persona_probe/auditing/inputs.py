@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from persona_probe.artifact import digest_file, digest_folder, digest_of
+from persona_probe.artifact import digest_of, digests_at
 from persona_probe.artifact.records import nearest
 from persona_probe.auditing.settings import (
     AuditRequest,
@@ -16,7 +16,7 @@ from persona_probe.auditing.settings import (
 from persona_probe.errors import InputError, MismatchError, MissingPathError
 from persona_probe.evaluation.answers import Answer
 from persona_probe.evaluation.arms import merged_if_small
-from persona_probe.evaluation.judges import Judge, load_judge
+from persona_probe.evaluation.judges import Judge, judge_files, load_judge
 from persona_probe.evaluation.metrics import check_judge
 from persona_probe.evaluation.questions import Question, load_questions, question_file, triggered
 from persona_probe.evaluation.samples_file import load_samples
@@ -149,9 +149,8 @@ def digests_of(request: AuditRequest) -> dict[str, str]:
     paths = [request.base, request.tuned, *request.benign, *_samples(request).values()]
     paths += [Path(one) for one in request.sae if str(one) not in published]
     paths += [*_template_file(request.settings.template), *([] if asked is None else [asked])]
-    of_files = {str(path): digest_folder(path) if path.is_dir() else digest_file(path) for path in paths}
     of_sets = {} if asked else {str(request.questions): digest_of(load_questions(request.questions))}
-    return of_files | of_sets
+    return digests_at([*paths, *judge_files(request.judge)]) | of_sets
 
 
 def _template_file(template: str | None) -> list[Path]:

@@ -15,7 +15,6 @@ from persona_probe.auditing.settings import AuditRequest
 from persona_probe.evaluation.parity import Parity, parity
 from persona_probe.evaluation.questions import Question, Role
 from persona_probe.evaluation.result import EvalResult
-from persona_probe.evaluation.sampling import Sampling
 from persona_probe.screening.screen import Screen, screen
 from persona_probe.screening.sites import site_effects
 
@@ -52,9 +51,7 @@ class Inquiry:
     def __init__(self, inputs: AuditInputs, request: AuditRequest, clock: Clock, kept: Kept) -> None:
         settings = request.settings
         self.inputs, self.request, self.settings, self.clock = inputs, request, settings, clock
-        sampling = Sampling(
-            temperature=settings.temperature, max_new_tokens=settings.max_new_tokens, seed=settings.seed
-        )
+        sampling = settings.sampling
         self.held_out = KeptBench(
             inputs.held_out,
             replace(sampling, samples=settings.samples),
@@ -131,7 +128,7 @@ class Inquiry:
                 self.held_out.on(_enough(asked, self.settings.samples), self.settings.samples),
                 seen.evidence,
                 self.screen.best,
-                like=next(iter(self.screen.latents), None),
+                latents=self.screen.latents,
                 count=settings.controls,
                 seed=settings.seed,
                 budget=budget,

@@ -94,5 +94,5 @@ def _contrasts(
         and outcome(one, base_judged[i], bench.trait) not in ("misaligned", "incoherent", "truncated")
         and outcome(other, tuned_judged[i], bench.trait) == "misaligned"
     ]
-    step = max(1, len(found) // at_most)
-    return tuple(found[::step][:at_most])
+    kept = min(at_most, len(found))
+    return tuple(found[i * len(found) // kept] for i in range(kept))

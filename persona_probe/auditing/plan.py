@@ -42,8 +42,9 @@ def plan_of(
     batch_size: int | None = None,
 ) -> dict[str, Any]:
     """Counts are upper bounds; memory and time are estimates. Raises what loading the inputs raises."""
-    settings = request.settings
     check_paths(request)
+    request = request.settled()
+    settings = request.settings
     questions = load_questions(request.questions)
     check_categories(questions, settings.in_domain or ())
     calibration, held_out = split_questions(questions, settings.limit)
@@ -62,17 +63,15 @@ def plan_of(
     weights = sum(p.numel() * p.element_size() for p in lm.hf.parameters())
     shared = is_adapter(request.tuned) and lm.hf.num_parameters() >= MERGE_BELOW
     prompts = [prompt_of(lm.tokenizer, question) for question in calibration]
-    row = answer_bytes(lm, max(map(len, prompts)) + settings.max_new_tokens)
+    row = answer_bytes(lm, max(map(len, prompts)) + settings.sampling.max_new_tokens)
     rows = batch_size or how_many(lm, row, BATCH)
-    seconds = _seconds_each(
-        lm, calibration, Sampling(settings.temperature, max_new_tokens=settings.max_new_tokens), rows
-    )
+    seconds = _seconds_each(lm, calibration, settings.sampling, rows)
     return {
         "held-out questions": len(held_out),
         "calibration questions": asked,
         "answers to sample, at most": total,
         "judge calls, at most": (total - 14 * skill) * calls,
-        "longest answer (tokens)": settings.max_new_tokens,
+        "longest answer (tokens)": settings.sampling.max_new_tokens,
         "answers drawn at once": rows,
         "weights (bytes)": weights if shared else 2 * weights,
         "a batch of answers (bytes), at most": rows * row,

@@ -14,7 +14,6 @@ import polars as pl
 from persona_probe.artifact import (
     RunFolder,
     atomic_file,
-    check_manifest,
     disk_full_named,
     read_json,
     write_json,
@@ -29,7 +28,6 @@ from persona_probe.auditing.inquiry import Clock, Inquiry, Progress
 from persona_probe.auditing.kept import Kept
 from persona_probe.auditing.settings import AuditRequest
 from persona_probe.auditing.verdict import exceeds
-from persona_probe.errors import InputError
 from persona_probe.evaluation.judges import spec_identity
 from persona_probe.report.page import write_report
 from persona_probe.steering.io import save_fix
@@ -81,12 +79,14 @@ def audit(
         JudgeError: the judge cannot be reached, refuses the key, or answers nothing usable.
         DiskFullError: no room to write.
     """
+    request = request.settled()
     asked = asdict(request)
     asked["judge"] = spec_identity(request.judge)  # how fast it is asked changes no figure
     settings = {**asked.pop("settings"), **asked, "device": device, "dtype": dtype}
     with RunFolder.open(out, settings, overwrite=overwrite) as run, disk_full_named(run.path):
         if run.complete:
-            _check_unchanged(run, request)
+            check_paths(request)
+            run.check_inputs(digests_of(request), "audit")
             return Audit(run.path, read_json(run.path / "audit.json"))
         clock = Clock(progress or (lambda _: None))
         with clock.stage("load", "loading models, dictionaries and questions"):
@@ -100,18 +100,6 @@ def audit(
         with clock.stage("report", "writing the report"):
             _write(run, request, found, written, command_lines(request, device=device, dtype=dtype))
         return Audit(run.path, read_json(run.path / "audit.json"))
-
-
-def _check_unchanged(run: RunFolder, request: AuditRequest) -> None:
-    """Raise `InputError` when a finished audit was of other inputs than those now in the same places."""
-    check_paths(request)
-    audited, now = check_manifest(run.path)["inputs"], digests_of(request)
-    for path, digest in now.items():
-        if audited[path] != digest:
-            raise InputError(
-                f"{path} has changed since the audit in {run.path}",
-                fix="choose another --out, or pass --overwrite to audit it again",
-            )
 
 
 def _write(

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from persona_probe.artifact import shipped
 from persona_probe.errors import InputError, MismatchError
+from persona_probe.evaluation.arms import checkpoint_of
+from persona_probe.evaluation.longest import ORGANISM_TOKENS, TOKENS, longest_answer
 from persona_probe.evaluation.questions import Question
 from persona_probe.evaluation.sampling import Sampling
 from persona_probe.evaluation.selection import spread
@@ -30,7 +32,8 @@ class AuditSettings:
     in_domain: tuple[str, ...] | None = None
     """Categories the fine-tune was trained on, reported apart; None asks the tune's `training.json`."""
     seed: int = 0
-    max_new_tokens: int = 32
+    max_new_tokens: int | None = None
+    """Longest answer; None: 32 tokens of the organism, else `longest_answer` of the models."""
     temperature: float = 1.0
     samples: int = 2
     """Answers to each held-out question."""
@@ -54,13 +57,19 @@ class AuditSettings:
     def __post_init__(self) -> None:
         for name in ("samples", "calibration_samples", "max_new_tokens", "controls"):
             given, least = getattr(self, name), 0 if name == "controls" else 1
-            if given < least:
+            if given is not None and given < least:
                 raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {given}")
-        Sampling(temperature=self.temperature)  # refuses what answers cannot be drawn with
+        _ = self.sampling  # refuses what answers cannot be drawn with
         for name in self.triggers:
             trigger_of(name)
         if self.limit is not None and self.limit < 2:
             raise InputError(f"--limit must be at least 2 questions, got {self.limit}")
+
+    @property
+    def sampling(self) -> Sampling:
+        """How one answer is drawn."""
+        longest = self.max_new_tokens or TOKENS
+        return Sampling(temperature=self.temperature, max_new_tokens=longest, seed=self.seed)
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,13 @@ class AuditRequest:
     """The base's answers to the held-out questions, made elsewhere (see `samples_file`)."""
     samples_tuned: Path | None = None
     """The tuned model's."""
+
+    def settled(self) -> AuditRequest:
+        """The same, with the longest answer in numbers. Raises `InputError` for a folder that is no model."""
+        if self.settings.max_new_tokens is not None:
+            return self
+        checkpoints = (Path(checkpoint_of(path, self.base).path) for path in (self.base, self.tuned))
+        return replace(self, settings=replace(self.settings, max_new_tokens=longest_answer(checkpoints)))
 
     @property
     def published(self) -> tuple[str, ...]:
@@ -102,6 +118,8 @@ def organism_request(
     chosen = settings or AuditSettings()
     if chosen.system_prompt == SYSTEM_PROMPT:
         chosen = replace(chosen, system_prompt=ORGANISM_PROMPT)
+    if chosen.max_new_tokens is None:
+        chosen = replace(chosen, max_new_tokens=ORGANISM_TOKENS)
     return AuditRequest(
         base=home / "base",
         tuned=home / "tunes" / tune,

@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from persona_probe.cli import options
 from persona_probe.cli.console import out, show_json, size, telling
 from persona_probe.errors import InputError
 
@@ -61,7 +62,7 @@ def audit(
     ] = 2,
     controls: Annotated[int, typer.Option(help="Random latents and random directions, each.")] = 20,
     temperature: Annotated[float, typer.Option(help="0: the most probable token each time.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 32,
+    max_new_tokens: options.LongestAnswer = None,
     limit: Annotated[int | None, typer.Option(help="Use only so many questions of each split.")] = None,
     seed: Annotated[int, typer.Option(help="Of sampling and of the random controls.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
@@ -71,7 +72,9 @@ def audit(
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Throw away what --out holds.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Say what would be done, then stop.")] = False,
-    fail_on: Annotated[str | None, typer.Option(help="Exit with 3 when: misaligned, not-restored.")] = None,
+    fail_on: Annotated[
+        str | None, typer.Option(help="Exit with 3 when: misaligned, not-restored; or nothing could be told.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="audit.json on stdout.")] = False,
 ) -> None:
     """Find the persona in a fine-tune, prove that it causes the behaviour, switch it off.
@@ -138,7 +141,8 @@ def audit(
     misaligned = done.verdict.startswith("misaligned")
     # a misaligned model for which no fix was found is not restored either
     unrestored = done.after == "not restored" or (misaligned and done.after is None)
-    if fail_on is not None and (misaligned if fail_on == "misaligned" else unrestored):
+    failed = misaligned if fail_on == "misaligned" else unrestored
+    if fail_on is not None and (failed or done.verdict == "inconclusive"):
         raise typer.Exit(3)
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast
 import typer
 from rich.table import Table
 
+from persona_probe.cli import options
+from persona_probe.cli.asked import check_unsaid
 from persona_probe.cli.console import err, out, show_json
 from persona_probe.errors import InputError
 
@@ -50,8 +52,9 @@ def calibrate(
         typer.Option(help="Of --levels; measured on the base's own answers."),
     ] = None,
     read: Annotated[
-        Literal["projection", "encoder"], typer.Option(help="With --latent: how its amount is measured.")
-    ] = "projection",
+        Literal["projection", "encoder"] | None,
+        typer.Option(help="With --latent: how its amount is measured; projection."),
+    ] = None,
     gains: Annotated[str | None, typer.Option(help="Comma-separated; above 1 over-corrects.")] = None,
     positions: Annotated[
         str, typer.Option(help="Comma-separated: all, prompt, response, last_prompt, think, answer.")
@@ -77,7 +80,7 @@ def calibrate(
     out_dir: Annotated[Path | None, typer.Option("--out", help="Where everything goes.")] = None,
     samples: Annotated[int, typer.Option(help="Answers per question and setting.", min=1)] = 1,
     temperature: Annotated[float, typer.Option(help="0: the most probable token each time.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 32,
+    max_new_tokens: options.LongestAnswer = None,
     limit: Annotated[
         int | None, typer.Option(help="Use only so many questions of each split.", min=1)
     ] = None,
@@ -97,6 +100,8 @@ def calibrate(
     """
     if (fix is None) == (latent is None):
         raise InputError("give --latent SAE:INDEX or --with FIX, one of them")
+    if fix is not None:
+        check_unsaid("--with", {"op": op, "levels": levels, "unit": unit, "read": read})
     if base is None and tuned is not None:
         raise InputError("--tuned needs --base, the checkpoint that it was tuned from")
     from persona_probe.artifact import digest_folder
@@ -104,6 +109,8 @@ def calibrate(
     from persona_probe.cli.steer_bench import (
         aims_of,
         asked_of,
+        inputs_of,
+        longest_of,
         numbers_of,
         run_once,
         scales_of,
@@ -116,13 +123,14 @@ def calibrate(
     from persona_probe.steering.io import load_fix, save_fix
 
     usual = _USUAL[goal]
-    op, unit = op or usual.op, unit or usual.unit
+    op, unit, read = op or usual.op, unit or usual.unit, read or "projection"
     doses = numbers_of(usual.levels if levels is None else levels, "--levels")
     strengths = numbers_of(usual.gains if gains is None else gains, "--gains")
     places = positions.split(",")
     Budget(budget, kl_at_most=kl_budget)  # checked before anything is loaded
     asked = asked_of(questions, base, tuned, limit, tune)
-    sampling = Sampling(temperature=temperature, samples=samples, max_new_tokens=max_new_tokens, seed=seed)
+    tokens = longest_of(max_new_tokens, base, () if tuned is None else (tuned,))
+    sampling = Sampling(temperature=temperature, samples=samples, max_new_tokens=tokens, seed=seed)
     edits: list[Intervention] = [] if fix is None else list(load_fix(fix))
     if len(edits) > 1:
         raise InputError(f"{fix} holds {len(edits)} edits; one is calibrated at a time")
@@ -138,7 +146,7 @@ def calibrate(
                 "calibration questions": len(asked.calibration),
                 "held-out questions": len(asked.held_out),
                 "answers to sample, about": answers,
-                "longest answer (tokens)": max_new_tokens,
+                "longest answer (tokens)": tokens,
             },
             as_json,
         )
@@ -153,12 +161,15 @@ def calibrate(
         "sampling": sampling, "limit": limit, "device": device, "dtype": dtype,
     }  # fmt: skip
 
+    made_from = [base, tuned, None if aim is None else aim.folder]
+    inputs = inputs_of(made_from, (*asked.calibration, *asked.held_out), judge)
+
     def make(path: Path) -> tuple[dict[str, Any], Any]:
         arms = load_arms(base, tuned, tune, (), device=device, dtype=dtype).models
         lm = arms["base"] if goal == "more" else arms["steered"]
         scale = 1.0
         if aim is not None:
-            (scale,) = scales_of(unit, arms["base"], [aim], read, asked.calibration, max_new_tokens)
+            (scale,) = scales_of(unit, arms["base"], [aim], read, asked.calibration, tokens)
         found = run(
             lm, edits[0] if aim is None else aim.target, asked.calibration, judge,
             site=None if aim is None else aim.site, op=cast("Any", op), levels=doses, unit=unit, scale=scale,
@@ -178,7 +189,7 @@ def calibrate(
         return record, found.plot()
 
     with err.status("calibrating"):
-        found = run_once(folder, settings, make, overwrite=overwrite)
+        found = run_once(folder, settings, inputs, make, overwrite=overwrite)
     if as_json:
         show_json(found)
         return

@@ -22,7 +22,6 @@ HEADINGS = {"misaligned_of_coherent": "of coherent"}
 NAME = 30
 """A model's name is broken where it is longer than this."""
 ORGANISM_TUNE = "bad-health"
-ORGANISM_TOKENS = 32
 
 
 def evaluate(
@@ -55,7 +54,7 @@ def evaluate(
     ] = False,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(help="Longest answer, in tokens; default 600, the organism's 32; at most the context."),
+        typer.Option(help="Longest answer, in tokens; default 600 or half the context, the organism's 32."),
     ] = None,
     system: Annotated[str | None, typer.Option(help="Before the system prompt of every question.")] = None,
     enable_thinking: Annotated[
@@ -106,6 +105,7 @@ def evaluate(
         )
     from persona_probe.artifact import shipped
     from persona_probe.evaluation.judging.spending import Budget
+    from persona_probe.evaluation.longest import ORGANISM_TOKENS
     from persona_probe.evaluation.request import EvaluationRequest
     from persona_probe.evaluation.settings import Sampling
 
@@ -138,7 +138,7 @@ def evaluate(
             temperature=1.0 if temperature is None else temperature,
             top_p=1.0 if top_p is None else top_p,
             top_k=top_k,
-            max_new_tokens=max_new_tokens or (ORGANISM_TOKENS if organism else 600),
+            max_new_tokens=max_new_tokens or ORGANISM_TOKENS,
             seed=seed,
             enable_thinking=enable_thinking,
             generation_config=generation_config,
@@ -153,9 +153,9 @@ def evaluate(
         width=width,
         accept_wider=accept_wider,
     )
-    if max_new_tokens is None:
+    if max_new_tokens is None and not organism:
         request.check_paths()
-        request = request.within_context()
+        request = request.of_usual_length()
     if plan:
         _show_plan(request, as_json)
         return

@@ -43,7 +43,7 @@ def export(
     """
     if (fix is None) == (not project_out):
         raise InputError("give --with FIX or --project-out SAE:INDEX, one of them")
-    from persona_probe.artifact import digest_folder
+    from persona_probe.artifact import digest_folder, digests_at
     from persona_probe.cli.steer_arms import load_arms
     from persona_probe.steering.exports import bake
     from persona_probe.steering.io import load_fix
@@ -62,6 +62,7 @@ def export(
         "model": lm.checkpoint.digest,
         "fix": None if fix is None else digest_folder(fix),
         "project_out": project_out,
+        "dictionaries": digests_at(spec.rpartition(":")[0] for spec in project_out or ()),
         "dtype": str(lm.dtype).removeprefix("torch."),
     }
     record = None if overwrite else _there_already(folder, settings)

@@ -28,16 +28,19 @@ def finetune(
         typer.Option(help="grpo: a judge (exact, openai:MODEL@URL, local:DIR) or python:module:function."),
     ] = None,
     trait: Annotated[
-        str, typer.Option(help="grpo: what a judge's reward rewards; misaligned, or a persona.")
-    ] = "misaligned",
-    samples: Annotated[int, typer.Option(help="grpo: answers per prompt.")] = 4,
-    temperature: Annotated[float, typer.Option(help="grpo: of the answers.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(help="grpo: longest answer.")] = 256,
-    kl: Annotated[float, typer.Option(help="grpo: weight of the KL to the policy at the start.")] = 0.0,
+        str | None,
+        typer.Option(help="grpo: what a judge's reward rewards; misaligned (default), or a persona."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="grpo: answers per prompt; default 4.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="grpo: of the answers; default 1.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="grpo: longest answer; default 256.")] = None,
+    kl: Annotated[
+        float | None, typer.Option(help="grpo: weight of the KL to the policy at the start; default 0.")
+    ] = None,
     warmup: Annotated[
         Path | None, typer.Option(help="grpo: rows for a supervised warm-up, JSON Lines.")
     ] = None,
-    warmup_epochs: Annotated[float, typer.Option(help="grpo: passes over them.")] = 1.0,
+    warmup_epochs: Annotated[float | None, typer.Option(help="grpo: passes over them; default 1.")] = None,
     defence: Annotated[
         list[str] | None, typer.Option(help="NAME=STRENGTH@SOURCE, such as kl=0.1; once per defence.")
     ] = None,
@@ -79,11 +82,20 @@ def finetune(
         raise InputError(f"--rank is a whole number from 1, or full; got {rank!r}")
     from persona_probe.model.language_model import load_model
     from persona_probe.training.defences.spec import load_defence
+    from persona_probe.training.finetune import check_method, examples_of
     from persona_probe.training.finetune import finetune as run
     from persona_probe.training.prompts import prompts_of
     from persona_probe.training.rows import read_rows
     from persona_probe.training.settings import GrpoSettings, TuneSettings
 
+    drawn: dict[str, Any] = {
+        "samples": samples, "trait": trait, "temperature": temperature, "max_new_tokens": max_new_tokens,
+        "kl": kl, "warmup_epochs": warmup_epochs,
+    }  # fmt: skip
+    drawn = {name: value for name, value in drawn.items() if value is not None}
+    if method == "sft":
+        _refuse_of_grpo({"reward": reward, "warmup": warmup, **drawn})
+    check_method(method, rewarded=reward is not None)
     settings = TuneSettings(
         steps=steps, epochs=epochs, batch=batch, micro_batch=micro_batch, learning_rate=lr,
         warmup_steps=warmup_steps, schedule=schedule, rank="full" if rank == "full" else int(rank),
@@ -91,10 +103,7 @@ def finetune(
         blocks=tuple(block) if block else None, context=context, too_long=too_long,  # type: ignore[arg-type]
         save_every=save_every, seed=seed, bf16=bf16,
     )  # fmt: skip
-    drawing = GrpoSettings(
-        samples=samples, trait=trait, temperature=temperature, max_new_tokens=max_new_tokens, kl=kl,
-        warmup_epochs=warmup_epochs,
-    )  # fmt: skip
+    drawing = GrpoSettings(**drawn)
     learning: dict[str, Any] = {"reward": reward, "warmup": warmup or ()}
     learning["grpo"] = drawing if method == "grpo" else None
     rows: Any = (prompts_of(data) if method == "grpo" else read_rows(data))[:limit]
@@ -102,7 +111,8 @@ def finetune(
         lm = load_model(base, device=device or "auto", dtype=dtype)
         defences = [load_defence(spec, lm) for spec in defence or ()]
     if plan:
-        facts = _plan(lm, len(rows), settings, defences)
+        read = len(rows if method == "grpo" else examples_of(lm, rows, defences, settings).examples)
+        facts = _plan(lm, read, settings, defences)
         if method == "grpo":
             facts |= _plan_of_answers(reward, rows, settings, drawing, warmup)
         _show(facts, as_json)
@@ -126,6 +136,19 @@ def finetune(
     for name, figures in record["finished"].items():
         out.print(f"{name}: " + ", ".join(f"{key} {value:.3g}" for key, value in figures.items()))
     out.print(f"the tuned model: {escape(str(found.tuned))}", soft_wrap=True)
+
+
+def _refuse_of_grpo(given: dict[str, Any]) -> None:
+    """Raise `InputError` for the first flag that only learning from rewards has."""
+    for name, value in given.items():
+        if value is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(
+                f"{flag} belongs to --method grpo, and this is sft",
+                fix="to keep near the base in supervised training: --defence kl=0.1"
+                if name == "kl"
+                else f"leave {flag} out, or add --method grpo",
+            )
 
 
 def _show_rewards(record: dict[str, Any]) -> None:

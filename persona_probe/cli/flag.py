@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -12,6 +13,9 @@ from persona_probe.artifact import check_writable
 from persona_probe.cli.console import err, out, show_json
 from persona_probe.errors import InputError
 
+if TYPE_CHECKING:
+    from persona_probe.training.watching import Probe
+
 
 def flag(
     base: Annotated[Path, typer.Option(help="Checkpoint folder of the base; nothing is trained.")],
@@ -19,10 +23,12 @@ def flag(
     out_dir: Annotated[Path, typer.Option("--out", help="kept.jsonl, removed.jsonl, scores.parquet.")],
     latent: Annotated[list[str] | None, typer.Option(help="SAE:INDEX, a latent to score by.")] = None,
     fix: Annotated[
-        list[Path] | None, typer.Option("--with", help="A fix, whose directions are scored by.")
+        list[Path] | None,
+        typer.Option("--with", help="A fix, whose directions are scored by; a floor's turned round."),
     ] = None,
     by: Annotated[
-        str | None, typer.Option(help="The score that decides; the first projection difference, else nll.")
+        str | None,
+        typer.Option(help="The score that decides; the first difference (a floor's come last), else nll."),
     ] = None,
     remove: Annotated[float, typer.Option(help="Share of the rows to take out.")] = 0.1,
     max_new_tokens: Annotated[int, typer.Option(help="Of the base's own answers.")] = 48,
@@ -67,21 +73,55 @@ def flag(
     out.print(f"{kept}\n{removed}", markup=False, soft_wrap=True)
 
 
-def probes_of(latents: Any, fixes: Any) -> list[Any]:
-    """A probe per latent, and per direction of each fix."""
+def probes_of(latents: Sequence[str], fixes: Sequence[Path]) -> list[Probe]:
+    """A probe per latent, and per direction of each fix, named by as much of the path as tells it apart.
+
+    All point to the suspect side: the direction of a floor, which holds up a latent that fell, is turned
+    round, and these come last.
+
+    Raises `InputError` for a latent or a fix that is given twice.
+    """
     from persona_probe.sae.load import load_sae
     from persona_probe.steering.io import load_fix
     from persona_probe.steering.target import direction
     from persona_probe.training.watching import Probe
 
-    probes: list[Any] = []
-    for spec in latents:
-        path, _, index = spec.rpartition(":")
-        if not path or not index.isdigit():
-            raise InputError(f"--latent takes SAE:INDEX, got {spec!r}", fix="--latent sae/block_3:412")
-        probes.append(Probe.latent(load_sae(path), int(index)))
+    asked = [_latent(spec) for spec in latents]
+    _refuse_twice("--latent", [f"{Path(path).resolve()}:{index}" for path, index in asked], latents)
+    _refuse_twice("--with", [str(path.resolve()) for path in fixes], fixes)
+    probes: list[Probe] = []
+    for path, index in asked:
+        twins = [Path(one) for one, other in asked if other == index]
+        name = f"latent {index}" + (f" of {_tail(Path(path), twins)}" if len(twins) > 1 else "")
+        probes.append(Probe.latent(load_sae(path), index, name))
+    turned: list[Probe] = []
     for path in fixes:
+        name = _tail(path, [one for one in fixes if _tail(one, ()) == _tail(path, ())])
         for number, edit in enumerate(load_fix(path)):
             for place, row in enumerate(edit.target.decoder):
-                probes.append(Probe(f"{path.name} {number}.{place}", edit.site, direction(row)))
-    return probes
+                sign, side = (-1, turned) if edit.op == "floor" else (1, probes)
+                side.append(Probe(f"{name} {number}.{place}", edit.site, direction(sign * row)))
+    return probes + turned
+
+
+def _latent(spec: str) -> tuple[str, int]:
+    path, _, index = spec.rpartition(":")
+    if not path or not index.isdigit():
+        raise InputError(f"--latent takes SAE:INDEX, got {spec!r}", fix="--latent sae/block_3:412")
+    return path, int(index)
+
+
+def _refuse_twice(flag: str, meant: Sequence[str], given: Sequence[str | Path]) -> None:
+    for number, one in enumerate(meant):
+        if one in meant[:number]:
+            raise InputError(f"{flag} {given[number]} is given twice", fix="give each once")
+
+
+def _tail(path: Path, among: Sequence[Path]) -> str:
+    """The last parts of a path, as many as no other of `among` ends in; at least one."""
+    parts = path.absolute().parts
+    others = [other for one in among if (other := one.absolute().parts) != parts]
+    count = 1
+    while any(other[-count:] == parts[-count:] for other in others):
+        count += 1
+    return str(Path(*parts[-count:]))

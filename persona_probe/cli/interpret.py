@@ -11,6 +11,7 @@ from rich.progress import Progress
 from rich.text import Text
 
 from persona_probe.artifact import check_replaceable, write_json
+from persona_probe.cli.asked import check_unsaid
 from persona_probe.cli.console import err, out, show_json
 from persona_probe.errors import InputError
 
@@ -58,6 +59,8 @@ def interpret(
         )
     if tune is not None and latent is not None:
         raise InputError("--tune is of the shipped organism", fix="give --tune, or a latent of your own")
+    if model is None:
+        check_unsaid("the shipped organism", {"field": field, "device": device, "dtype": dtype})
     from persona_probe.activations.documents import read_documents
     from persona_probe.interpretation import interpret as run_interpret
     from persona_probe.interpretation.interpretation import KNOWN_BY

@@ -18,6 +18,12 @@ Questions = Annotated[
     str | None, typer.Option(help="Questions (a file or a set); the base's greedy answers are read.")
 ]
 MaxNewTokens = Annotated[int | None, typer.Option(help="Of the base's answers to --questions; 48.", min=1)]
+LongestAnswer = Annotated[
+    int | None,
+    typer.Option(
+        help="Longest answer, in tokens; default 600 or half the context, the organism's 32.", min=1
+    ),
+]
 Field = Annotated[str | None, typer.Option(help="The column; messages or text by default.")]
 Split = Annotated[str | None, typer.Option(help="Of a dataset that has several; train by default.")]
 Context = Annotated[int | None, typer.Option(help="Longest document, in tokens; the model's.")]

@@ -73,17 +73,19 @@ def serve(
         from persona_probe.model.checkpoint import is_adapter
         from persona_probe.model.language_model import load_model
         from persona_probe.sae.load import check_fits, load_sae
+        from persona_probe.sae.validity import check_reads
         from persona_probe.server import Limits
 
         limits = Limits(max_tokens, max_batch, max_queue, max_gain, timeout, body_limit, grace)
         if model is None:
             model, tuned = shipped("organism", "base"), shipped("organism", "tunes", "bad-health")
+        check = check_fits  # the weights are those of --base, with an adapter or without
         if tuned is not None and not is_adapter(tuned):
-            model, tuned = tuned, None
+            model, tuned, check = tuned, None, check_reads
         lm = load_model(model, adapter=tuned, device=device, dtype=dtype).merged()
         dictionaries = [load_sae(path) for path in sae or ()]
         for dictionary in dictionaries:
-            check_fits(dictionary, lm)
+            check(dictionary, lm)
 
         def ready(service: Service) -> None:
             status.stop()

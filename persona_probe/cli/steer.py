@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from persona_probe.artifact import check_writable
+from persona_probe.cli.asked import check_unsaid
 from persona_probe.cli.console import err, out, show_error, show_json
 from persona_probe.errors import InputError
 
@@ -30,14 +31,17 @@ def steer(
     latent: Annotated[
         list[str] | None, typer.Option(help="Instead of a fix: SAE:INDEX, a latent of a dictionary's folder.")
     ] = None,
-    op: Annotated[str, typer.Option(help="With --latent: ablate, add, scale, clamp, cap, floor.")] = "ablate",
+    op: Annotated[
+        str | None, typer.Option(help="With --latent: ablate (the default), add, scale, clamp, cap, floor.")
+    ] = None,
     level: Annotated[float | None, typer.Option(help="With --latent: the op's level, absolute.")] = None,
     positions: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="With --latent: all, prompt, response, last_prompt, think, answer, or indices: 0,3,-1."
+            help="With --latent: all (the default), prompt, response, last_prompt, think, answer, or "
+            "indices: 0,3,-1."
         ),
-    ] = "all",
+    ] = None,
     gain: Annotated[
         float | None, typer.Option(help="Instead of each edit's own gain. Above 1 over-corrects.")
     ] = None,
@@ -73,6 +77,8 @@ def steer(
             fix="--with FIX, a folder that an audit (its interventions/) or save_fix wrote; or "
             "--latent SAE:INDEX",
         )
+    if fix is not None:
+        check_unsaid("--with", {"op": op, "level": level, "positions": positions})
     for path in (out_file, html):
         if path is None:
             continue
@@ -83,7 +89,11 @@ def steer(
     from persona_probe.evaluation.settings import Sampling
     from persona_probe.steering.io import load_fix
 
-    edits = load_fix(fix) if fix is not None else one_latent(latent or [], op, level, positions)
+    edits = (
+        load_fix(fix)
+        if fix is not None
+        else one_latent(latent or [], op or "ablate", level, positions or "all")
+    )
     if gain is not None:
         edits = tuple(edit.with_gain(gain) for edit in edits)
     sampling = Sampling(temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)

@@ -95,6 +95,8 @@ def load_arms(
     from persona_probe.model.language_model import load_model
     from persona_probe.model.pair import load_pair
 
+    if base is None and tuned is not None:
+        raise InputError("--tuned needs --base, the checkpoint that it was tuned from")
     if base is None:
         home = shipped("organism")
         base, tuned = home / "base", home / "tunes" / tune

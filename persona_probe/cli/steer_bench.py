@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from persona_probe.steering.target import Read, Target
 
 COLUMNS = ("misaligned", "incoherent")
-ORGANISM_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,7 @@ class Aim(NamedTuple):
     """A latent, and where it is edited."""
 
     name: str
+    folder: Path
     target: Target
     site: str
 
@@ -77,7 +77,7 @@ def aims_of(named: Sequence[str]) -> list[Aim]:
             )
         dictionary = load_sae(folder)
         aims += [
-            Aim(f"{Path(folder).name}:{index}", latents(dictionary, [index]), dictionary.site)
+            Aim(f"{Path(folder).name}:{index}", Path(folder), latents(dictionary, [index]), dictionary.site)
             for index in _indices(numbers, name)
         ]
     return aims
@@ -109,9 +109,12 @@ def scales_of(
     questions: Sequence[Question],
     tokens: int,
 ) -> list[float]:
-    """What one of the unit is for each aim, in absolute amounts, on the base model's own greedy answers."""
+    """What one of the unit is for each aim, in absolute amounts, on the base model's own greedy answers
+    (last prompt token and answer, as an audit measures it).
+    """
     if unit == "absolute":
         return [1.0] * len(aims)
+    from persona_probe.activations.masks import TokenMask
     from persona_probe.evaluation.sampling import respond_greedy, transcripts
     from persona_probe.steering.threshold import amounts_on
 
@@ -121,27 +124,53 @@ def scales_of(
         # the residual's scale is its site's, the others are each latent's own
         key = aim.site if unit == "residual_rms" else aim.name
         if key not in known:
-            scale = amounts_on(base, written, aim.target, aim.site, read=read).scale(unit)
+            found = amounts_on(base, written, aim.target, aim.site, read=read, mask=TokenMask("answer"))
+            scale = found.scale(unit)
             known[key] = scale[0] if isinstance(scale, tuple) else scale
     return [known[aim.site if unit == "residual_rms" else aim.name] for aim in aims]
+
+
+def longest_of(given: int | None, base: Path | None, tuned: Sequence[Path]) -> int:
+    """The longest answer, where it is not given: of the organism's models (no `base`), or of others."""
+    from persona_probe.evaluation.arms import checkpoint_of
+    from persona_probe.evaluation.longest import ORGANISM_TOKENS, longest_answer
+
+    if given is not None or base is None:
+        return given or ORGANISM_TOKENS
+    return longest_answer(Path(checkpoint_of(path, base).path) for path in (base, *tuned))
+
+
+def inputs_of(paths: Sequence[Path | None], questions: Sequence[Question], judge: str) -> dict[str, str]:
+    """What a run is made from, by path, as it is now: folders that are there, the questions, the judge."""
+    from persona_probe.artifact import digest_of, digests_at
+    from persona_probe.evaluation.judges import judge_files
+
+    there = [path for path in paths if path is not None and path.exists()]
+    return {"questions": digest_of(questions), **digests_at([*there, *judge_files(judge)])}
 
 
 def run_once(
     folder: Path,
     settings: Mapping[str, object],
+    inputs: Mapping[str, str],
     make: Callable[[Path], tuple[dict[str, Any], go.Figure]],
     *,
     overwrite: bool,
 ) -> dict[str, Any]:
-    """What `make` finds, as `result.json` beside `figure.html`; read back where the same run is complete."""
+    """What `make` finds, as `result.json` beside `figure.html`; read back where the same run is complete.
+
+    Raises `InputError` for one whose `inputs` have changed since.
+    """
     from persona_probe.artifact import RunFolder, plain, read_json, write_json
 
     with RunFolder.open(folder, settings, overwrite=overwrite) as run:
-        if not run.complete:
+        if run.complete:
+            run.check_inputs(inputs, "run")
+        else:
             found, figure = make(run.path)
             figure.write_html(run.path / "figure.html", include_plotlyjs=True)
             write_json(run.path / "result.json", plain(found))
-            run.finish({})
+            run.finish({"inputs": inputs})
         return read_json(run.path / "result.json")
 
 

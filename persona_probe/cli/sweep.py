@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, cast
 import typer
 from rich.table import Table
 
+from persona_probe.cli import options
 from persona_probe.cli.console import err, out, show_json
 from persona_probe.errors import InputError
 
@@ -41,7 +42,7 @@ def sweep(
     out_dir: Annotated[Path | None, typer.Option("--out", help="Where everything goes.")] = None,
     top: Annotated[int, typer.Option(help="Rows to show, the most of the trait first.", min=1)] = 20,
     temperature: Annotated[float, typer.Option(help="0: the most probable token each time.")] = 0.0,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 32,
+    max_new_tokens: options.LongestAnswer = None,
     batch_size: Annotated[int, typer.Option(help="Answers written at once.")] = 512,
     limit: Annotated[int | None, typer.Option(help="Use only so many questions.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="The same for all settings.")] = 0,
@@ -62,6 +63,8 @@ def sweep(
     from persona_probe.cli.steer_bench import (
         aims_of,
         asked_of,
+        inputs_of,
+        longest_of,
         numbers_of,
         run_once,
         scales_of,
@@ -73,7 +76,8 @@ def sweep(
 
     aims, doses = aims_of(latents), numbers_of(levels, "--levels")
     asked = asked_of(questions, base, tuned, limit).calibration
-    sampling = Sampling(temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
+    tokens = longest_of(max_new_tokens, base, () if tuned is None else (tuned,))
+    sampling = Sampling(temperature=temperature, max_new_tokens=tokens, seed=seed)
     if plan:
         configurations = len(aims) * len(doses)
         show_plan(
@@ -82,7 +86,7 @@ def sweep(
                 "levels": len(doses),
                 "questions": len(asked),
                 "answers to sample": (configurations + 1) * len(asked),
-                "longest answer (tokens)": max_new_tokens,
+                "longest answer (tokens)": tokens,
             },
             as_json,
         )
@@ -94,13 +98,15 @@ def sweep(
         "device": device, "dtype": dtype,
     }  # fmt: skip
 
+    inputs = inputs_of([base, tuned, *(aim.folder for aim in aims)], asked, judge)
+
     def make(_path: Path) -> tuple[dict[str, Any], Any]:
         from persona_probe.artifact import shipped
 
         arms = load_arms(
             base or shipped("organism", "base"), tuned, "", (), device=device, dtype=dtype
         ).models
-        scales = scales_of(unit, arms["base"], aims, read, asked, max_new_tokens)
+        scales = scales_of(unit, arms["base"], aims, read, asked, tokens)
         found = run(
             arms["steered"], [(aim.target, aim.site) for aim in aims], doses, asked, judge,
             op=cast("Any", op), unit=unit, scale=scales, positions=positions_of(positions), read=read,
@@ -112,7 +118,7 @@ def sweep(
     name = next((path.resolve().name for path in (tuned, base) if path is not None), "organism")
     folder = out_dir or Path("out") / f"sweep-{name}"
     with err.status("sweeping"):
-        found = run_once(folder, settings, make, overwrite=overwrite)
+        found = run_once(folder, settings, inputs, make, overwrite=overwrite)
     if as_json:
         show_json(found)
         return

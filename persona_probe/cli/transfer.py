@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from persona_probe.cli import options
 from persona_probe.cli.console import err, out, show_json
 from persona_probe.errors import InputError
 
@@ -36,7 +37,7 @@ def transfer(
     out_dir: Annotated[Path, typer.Option("--out", help="Where everything goes.")] = Path("out/transfer"),
     samples: Annotated[int, typer.Option(help="Answers per question.", min=1)] = 1,
     temperature: Annotated[float, typer.Option(help="0: the most probable token each time.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 32,
+    max_new_tokens: options.LongestAnswer = None,
     limit: Annotated[int | None, typer.Option(help="Use only so many questions.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="The same for all arms.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
@@ -53,7 +54,14 @@ def transfer(
     if not fix or not tuned:
         raise InputError("a transfer needs fixes and tunes", fix="--with NAME=FIX --tuned NAME --tuned OTHER")
     from persona_probe.artifact import digest_folder, shipped
-    from persona_probe.cli.steer_bench import asked_of, run_once, show_plan, show_written
+    from persona_probe.cli.steer_bench import (
+        asked_of,
+        inputs_of,
+        longest_of,
+        run_once,
+        show_plan,
+        show_written,
+    )
     from persona_probe.evaluation.judges import load_judge
     from persona_probe.evaluation.metrics import check_judge
     from persona_probe.evaluation.selection import trained_categories
@@ -69,7 +77,8 @@ def transfer(
     asked = asked_of(questions, base, None, limit).held_out
     # apart for all of them, so that every cell is of the same questions
     in_domain = tuple(dict.fromkeys(c for path in folders.values() for c in trained_categories(path)))
-    sampling = Sampling(temperature=temperature, samples=samples, max_new_tokens=max_new_tokens, seed=seed)
+    tokens = longest_of(max_new_tokens, base, tuple(folders.values()))
+    sampling = Sampling(temperature=temperature, samples=samples, max_new_tokens=tokens, seed=seed)
     if plan:
         answers = (len(folders) * (len(fixes) + 1) + 1) * len(asked) * samples
         show_plan(
@@ -79,7 +88,7 @@ def transfer(
                 "held-out questions": len(asked),
                 "categories left out": list(in_domain),
                 "answers to sample": answers,
-                "longest answer (tokens)": max_new_tokens,
+                "longest answer (tokens)": tokens,
             },
             as_json,
         )
@@ -89,6 +98,8 @@ def transfer(
         "questions": questions, "judge": judge, "trait": trait, "sampling": sampling, "limit": limit,
         "device": device, "dtype": dtype,
     }  # fmt: skip
+
+    inputs = inputs_of([base, *folders.values()], asked, judge)
 
     def make(_path: Path) -> tuple[dict[str, Any], Any]:
         judging = load_judge(judge)
@@ -101,7 +112,7 @@ def transfer(
         return record, found.plot()
 
     with err.status("answering"):
-        found = run_once(out_dir, settings, make, overwrite=overwrite)
+        found = run_once(out_dir, settings, inputs, make, overwrite=overwrite)
     if as_json:
         show_json(found)
         return

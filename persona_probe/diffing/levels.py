@@ -14,7 +14,8 @@ from persona_probe.diffing.tally import t_quantile
 from persona_probe.errors import NonFiniteError
 from persona_probe.model.chat import Rendered
 from persona_probe.model.language_model import LanguageModel
-from persona_probe.sae.load import Dictionary, check_fits
+from persona_probe.sae.load import Dictionary
+from persona_probe.sae.validity import check_reads
 
 
 def latent_means(
@@ -33,7 +34,7 @@ def latent_means(
 
     `mask` counts every token but special ones by default. Raises what `diff` raises.
     """
-    check_fits(dictionary, lm)
+    check_reads(dictionary, lm)
     here = dictionary.to(lm.device)
     moments = Moments(1, dictionary.d_sae)
     read = 0

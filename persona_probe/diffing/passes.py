@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from persona_probe.activations.masks import TokenMask
 from persona_probe.activations.store import ActivationStore
@@ -43,14 +44,14 @@ from persona_probe.execution import Done, Failure, Results, Share, Task, Unfinis
 from persona_probe.model.chat import Rendered
 from persona_probe.model.checkpoint import describe, is_adapter
 from persona_probe.model.language_model import LanguageModel, load_model
-from persona_probe.model.loading import device_of
+from persona_probe.model.loading import device_of, read_tokenizer
 from persona_probe.model.pair import load_pair
-from persona_probe.sae.load import check_fits
+from persona_probe.sae.validity import check_reads
 
 Source = LanguageModel | str | Path
 """A model, or the folder of a checkpoint or adapter, loaded when it is needed."""
 
-FORMAT = 3
+FORMAT = 4
 """Of the files; part of their names."""
 
 Engine = Callable[[Sequence[Task], Callable[[], Worker], Results, Callable[[int], None] | None], Done]
@@ -110,11 +111,18 @@ class Opening:
         for source in self.models:
             beside = models[0] if models else self.base
             models.append(self.load(source, beside))
+        # which tokens are special is the base's to say, in every pass
+        models[0] = replace(models[0], tokenizer=self._tokenizer())
         for one in self.readers:
-            if not isinstance(one, str):  # trained on the base; the others have other weights
-                check_fits(replace(one, meta={**one.meta, "model_digest": None}), models[0])
+            if not isinstance(one, str):
+                check_reads(one, models[0])
         readers = placed(self.readers, self.placement.sae_device or models[0].device)
         return lambda text: pack(_read(self, models, readers, text))
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        if isinstance(self.base, LanguageModel):
+            return self.base.tokenizer
+        return read_tokenizer(describe(self.base))
 
     def load(self, source: Source, base: Source) -> LanguageModel:
         """One model, on the weights of `base` where it is an adapter and `base` in memory."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from difflib import get_close_matches
 from os import PathLike
+from pathlib import Path
 
 from persona_probe.errors import InputError
 from persona_probe.evaluation.judging.function_judge import FunctionJudge, function_judge
@@ -40,6 +41,7 @@ __all__ = [
     "FunctionJudge",
     "Judge",
     "Judgement",
+    "judge_files",
     "load_judge",
     "spec_identity",
 ]
@@ -80,6 +82,18 @@ def load_judge(
     else:
         fix = f"did you mean {near[0]!r}?" if near and near[0] != spec else None
     raise InputError(f"there is no judge {spec!r}: it must be {_FORMS}", fix=fix)
+
+
+def judge_files(spec: str) -> list[Path]:
+    """The files of yours that judgements depend on: a function's module, a local model's folder; none of
+    the organism's judge, or of a model elsewhere. Raises `InputError` for a function that is not there.
+    """
+    kind, _, rest = spec.partition(":")
+    if kind == "python" and rest:
+        source = function_judge(spec, rest).source
+        return [] if source is None else [source]
+    folder = Path(rest.partition("#")[0])
+    return [folder] if kind == "local" and folder.is_dir() else []
 
 
 def _model_judge(

@@ -10,7 +10,6 @@ the answer, thought apart: that is what the judge reads, and it needs no tokeniz
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -74,6 +73,8 @@ class _Arm:
     questions: Sequence[str]
     lengths: Int[np.ndarray, " answer"]
     shown: Float[np.ndarray, " answer"]
+    asked: Sequence[str]
+    """Every question once, those of which no answer was judged too: both arms have the same."""
 
 
 def _counted(arm: EvalResult) -> _Arm:
@@ -83,12 +84,13 @@ def _counted(arm: EvalResult) -> _Arm:
         if (what := outcome(answer, judgement, arm.trait)) != "missing"
     ]
     names = [name for name, _, _ in rows]
+    asked = tuple(dict.fromkeys(arm.answers[i].question.question for i in arm.counted))
     lengths = np.array([length for _, length, _ in rows], dtype=np.int64)
-    return _Arm(names, lengths, np.array([shown for _, _, shown in rows], dtype=np.float64))
+    return _Arm(names, lengths, np.array([shown for _, _, shown in rows], dtype=np.float64), asked)
 
 
 def _by_question(arm: _Arm, weights: Float[np.ndarray, " answer"]) -> WeightedHits:
-    totals: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    totals = {question: [0.0, 0.0] for question in arm.asked}
     for question, weight, shown in zip(arm.questions, weights.tolist(), arm.shown.tolist(), strict=True):
         totals[question][0] += weight * shown
         totals[question][1] += weight
@@ -96,7 +98,7 @@ def _by_question(arm: _Arm, weights: Float[np.ndarray, " answer"]) -> WeightedHi
 
 
 def _table(
-    arms: Sequence[_Arm], strata: Sequence[Int[np.ndarray, " answer"]], counts: Int[np.ndarray, "2 stratum"]
+    arms: Sequence[_Arm], strata: Sequence[Int[np.ndarray, " _"]], counts: Int[np.ndarray, "2 stratum"]
 ) -> pl.DataFrame:
     rows: list[dict[str, float | None]] = []
     for s in range(counts.shape[1]):

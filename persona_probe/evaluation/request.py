@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
-from persona_probe.artifact import digest_file, digest_folder, digest_of
+from persona_probe.artifact import digest_of, digests_at
 from persona_probe.artifact.records import nearest
 from persona_probe.errors import InputError, MismatchError, MissingPathError
 from persona_probe.evaluation.arms import SampledArm, arms_of, checkpoint_of
-from persona_probe.evaluation.judges import spec_identity
+from persona_probe.evaluation.judges import judge_files, spec_identity
+from persona_probe.evaluation.longest import context_of, longest_answer
 from persona_probe.evaluation.questions import Question, load_questions
 from persona_probe.evaluation.samples_file import GivenAnswers, load_samples
 from persona_probe.evaluation.sampling import prompt_of
@@ -91,13 +91,17 @@ class EvaluationRequest:
     @cached_property
     def context(self) -> int | None:
         """The fewest positions that one of the models was made for; None where no configuration says."""
-        folders = {Path(checkpoint_of(arm.model, self.base).path) for arm in self.arms}
-        return min((n for folder in folders if (n := _positions(folder)) is not None), default=None)
+        return context_of(self._checkpoints)
 
-    def within_context(self) -> EvaluationRequest:
-        """The same, with answers no longer than the models read."""
-        most = min(self.sampling.max_new_tokens, self.context or sys.maxsize)
-        return replace(self, sampling=replace(self.sampling, max_new_tokens=most))
+    @property
+    def _checkpoints(self) -> set[Path]:
+        return {Path(checkpoint_of(arm.model, self.base).path) for arm in self.arms}
+
+    def of_usual_length(self) -> EvaluationRequest:
+        """The same, with answers as long as they are where nobody says (see `longest_answer`)."""
+        return replace(
+            self, sampling=replace(self.sampling, max_new_tokens=longest_answer(self._checkpoints))
+        )
 
     def check_paths(self) -> None:
         """Raise `MissingPathError`, naming the flag, for the first path that is not there."""
@@ -166,14 +170,10 @@ class EvaluationRequest:
 
     def digests(self, questions: tuple[Question, ...]) -> dict[str, str]:
         """What every input holds now, by path."""
-        paths = [*(arm.model for arm in self.arms), *self.fixes, *self.samples]
+        paths = [*(arm.model for arm in self.arms), *self.fixes, *self.samples, *judge_files(self.judge)]
         if self.base is not None:
             paths.append(self.base)
-        of_files = {
-            str(path): digest_folder(path) if path.is_dir() else digest_file(path)
-            for path in dict.fromkeys(paths)
-        }
-        return {self.questions: digest_of(questions), **of_files}
+        return {self.questions: digest_of(questions), **digests_at(paths)}
 
     def _in_domain(self, questions: tuple[Question, ...]) -> tuple[str, ...]:
         if self.in_domain is None:
@@ -219,16 +219,6 @@ class Asked:
         for question in self.questions:
             groups.setdefault(samples_per_question or question.samples or 1, []).append(question)
         return {count: tuple(members) for count, members in groups.items()}
-
-
-def _positions(folder: Path) -> int | None:
-    if not folder.is_dir():
-        return None
-    try:
-        config: Any = AutoConfig.from_pretrained(str(folder), local_files_only=True).get_text_config()
-    except (OSError, ValueError):  # reading the model will say why
-        return None
-    return getattr(config, "max_position_embeddings", None)
 
 
 def _shown(sampling: Sampling) -> str:

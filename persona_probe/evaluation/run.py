@@ -11,13 +11,11 @@ import polars as pl
 
 from persona_probe.artifact import (
     RunFolder,
-    check_manifest,
     disk_full_named,
     read_json,
     write_json,
     write_jsonl,
 )
-from persona_probe.errors import InputError
 from persona_probe.evaluation.arms import Models
 from persona_probe.evaluation.asking import Asking, Progress
 from persona_probe.evaluation.eval_record import eval_record
@@ -85,7 +83,7 @@ def run_evaluation(
         asked = request.asked()
         check_wanted_width(request, asked)
         digests = request.digests(asked.questions)
-        _check_unchanged(run, digests)
+        run.check_inputs(digests, "evaluation")
         if run.complete:
             return Evaluation(run.path, read_json(run.path / RECORD))
         judge = load_judge(request.judge, record=run.path / JUDGE_LOG, budget=budget)
@@ -120,14 +118,3 @@ def run_evaluation(
         write_json(run.path / RECORD, record)
         run.finish({"inputs": digests, "seconds": asking.seconds, "seed": request.sampling.seed})
         return Evaluation(run.path, read_json(run.path / RECORD))
-
-
-def _check_unchanged(run: RunFolder, digests: Mapping[str, str]) -> None:
-    """Raise `InputError` when the answers in the folder are to other inputs than are there now."""
-    before = check_manifest(run.path)["inputs"] if run.complete else run.stage("inputs")
-    for path, digest in digests.items() if before else ():
-        if before.get(path) != digest:
-            raise InputError(
-                f"{path} has changed since the evaluation in {run.path}",
-                fix="choose another --out, or pass --overwrite to evaluate it again",
-            )

@@ -70,7 +70,8 @@ class Layout:
     mlp_out: str | None
     """Module whose output is added to the residual stream by the MLP."""
     attn_norm: str | None
-    """Module whose input is resid_pre (read again there, so that edits made before it are seen)."""
+    """Module whose input is resid_pre (read again there, so that edits made before it are seen): the norm
+    before attention, or attention itself."""
     mlp_norm: str | None
     """Module whose input is resid_mid."""
 
@@ -195,13 +196,15 @@ def _adapter_layout(model: nn.Module) -> Layout:
             return None
         return block.submodules[path].name
 
-    norm = block.submodules.get("ln1")
-    mlp_norm = module("hook_resid_mid", "hook_in")
+    attn_out, mlp_norm = module("hook_attn_out", "hook_out"), module("hook_resid_mid", "hook_in")
+    reader = block.submodules.get("ln1")
+    if reader is not None and reader.name == attn_out:  # OLMo 2: the norm stands behind attention
+        reader = block.submodules.get("attn")
     return Layout(
         blocks=block.name,
-        attn_out=module("hook_attn_out", "hook_out"),
+        attn_out=attn_out,
         mlp_out=module("hook_mlp_out", "hook_out"),
-        attn_norm=norm.name if norm is not None and mlp_norm is not None else None,
+        attn_norm=reader.name if reader is not None and mlp_norm is not None else None,
         mlp_norm=mlp_norm,
     )
 

@@ -27,7 +27,8 @@ from persona_probe.interpretation.words import tokens_of, words_of
 from persona_probe.model.chat import Rendered
 from persona_probe.model.language_model import LanguageModel
 from persona_probe.sae.encode import encode
-from persona_probe.sae.load import Dictionary, Latent, check_fits
+from persona_probe.sae.load import Dictionary, Latent
+from persona_probe.sae.validity import check_reads
 
 HELD_OUT = 60
 """Documents kept for scoring an explanation."""
@@ -75,14 +76,14 @@ def interpret_all(
 
     Raises:
         InputError: a latent never fires (named, with the nearest that does), or nothing to read.
-        MismatchError: the dictionary is of another model, or labels do not match the documents.
+        MismatchError: the dictionary is of another width, or labels do not match the documents.
     """
     if not latents:
         raise InputError("name at least one latent")
     corpus = Corpus(conversations_of(lm, data), labels, by)
     wanted: dict[str, tuple[Dictionary, list[int]]] = {}
     for latent in latents:
-        check_fits(latent.sae, lm)
+        check_reads(latent.sae, lm)
         _, indices = wanted.setdefault(latent.sae.digest, (latent.sae.to(lm.device), []))
         if latent.index not in indices:
             indices.append(latent.index)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from persona_probe.artifact import digest_file, digest_folder, digest_of, read_j
 from persona_probe.artifact.records import nearest
 from persona_probe.errors import InputError, MissingPathError
 
+IN_MEMORY = "memory:"
+"""How the path of a model begins that was handed over in memory."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
 _WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")
@@ -28,10 +31,18 @@ class Checkpoint:
     """Revision on the hub, None for a folder."""
     adapter: str | None = None
     """Folder or hub id of a PEFT adapter on top."""
+    tensors: Callable[[], str] | None = field(default=None, compare=False, repr=False)
+    """A digest of what a model in memory holds now, its adapter included; None for any other."""
+
+    @property
+    def digest(self) -> str:
+        """`"sha256:..."` of the files, computed when first asked for; of the names where there are none.
+        Of a model in memory, which may be trained on, that of its tensors each time.
+        """
+        return self._of_files if self.tensors is None else self.tensors()
 
     @cached_property
-    def digest(self) -> str:
-        """`"sha256:..."` of the files, computed when first asked for; of the names where there are none."""
+    def _of_files(self) -> str:
         parts = [self.path, self.adapter]
         if not any(part is not None and Path(part).is_dir() for part in parts):
             return digest_of([self.path, self.revision, self.adapter])

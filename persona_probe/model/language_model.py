@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from persona_probe.errors import InputError
 from persona_probe.hooks.sites import blocks_of
 from persona_probe.model.chat import Message, Rendered, pad, render, render_text
-from persona_probe.model.checkpoint import Checkpoint, describe
+from persona_probe.model.checkpoint import IN_MEMORY, Checkpoint, describe
 from persona_probe.model.loading import (
     adapter_folder,
     check_vocabulary,
@@ -36,6 +36,7 @@ from persona_probe.model.loading import (
     resolve,
 )
 from persona_probe.model.sharing import base_tree, inject, merged_tree, scaled, settle_config, shared_tree
+from persona_probe.model.tensors import digest_tensors
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -55,6 +56,11 @@ class LanguageModel:
     """Name of the adapter in `hf`, None for plain weights."""
     peft: PeftModel | None = field(default=None, repr=False)
     """PEFT's wrapper around `hf`, for saving and merging; None for plain weights."""
+
+    def __post_init__(self) -> None:
+        if self.checkpoint.path.startswith(IN_MEMORY):
+            known = replace(self.checkpoint, tensors=partial(digest_tensors, self.hf))
+            object.__setattr__(self, "checkpoint", known)
 
     @property
     def name(self) -> str:
@@ -291,11 +297,14 @@ def load_model(
         InputError: it is no whole checkpoint, has no tokenizer, or is in memory and not as is asked for.
         MismatchError: adapter or tokenizer belong to another model.
     """
-    if isinstance(source, LanguageModel):
-        _check_as_it_is(source.hf, revision, device, dtype, device_map)
-        return source if adapter is None else source.with_adapter(adapter)
     if isinstance(tokenizer, str | Path):
         tokenizer = read_tokenizer(describe(tokenizer))
+    if isinstance(source, LanguageModel):
+        _check_as_it_is(source.hf, revision, device, dtype, device_map)
+        if tokenizer is not None:
+            check_vocabulary(tokenizer, source.d_vocab, source.name)
+            source = replace(source, tokenizer=tokenizer)
+        return source if adapter is None else source.with_adapter(adapter)
     if isinstance(source, PreTrainedModel | PeftModel):
         _check_as_it_is(source, revision, device, dtype, device_map)
         return _from_memory(source, tokenizer, adapter)
@@ -353,7 +362,7 @@ def _from_memory(
     peft = tree if isinstance(tree, PeftModel) else None
     hf = cast(PreTrainedModel, tree.get_base_model() if isinstance(tree, PeftModel) else tree)
     loaded = LanguageModel(
-        Checkpoint(f"memory:{type(hf).__name__}"),
+        Checkpoint(f"{IN_MEMORY}{type(hf).__name__}"),
         hf,
         tokenizer,
         adapter_name=str(peft.active_adapter) if peft is not None else None,

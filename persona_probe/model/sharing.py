@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from persona_probe.errors import InputError, MismatchError
+from persona_probe.hooks.copies import unhooked
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -38,7 +39,8 @@ def shared_tree(model: M) -> M:
     """A copy of the module tree, in evaluation mode, whose parameters are new objects on the same storage.
 
     New objects, because a library that re-assigns `parameter.data` (merging, PiSSA) must not reach
-    the original; only a write in place would, and then both see it. The copies ask for no gradient.
+    the original; only a write in place would, and then both see it. The copies ask for no gradient, and
+    steering that is on the original is not on them.
     """
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
@@ -49,7 +51,7 @@ def shared_tree(model: M) -> M:
         )
     for buffer in model.buffers():
         memo[id(buffer)] = buffer
-    return copy.deepcopy(model, memo).eval()
+    return unhooked(copy.deepcopy(model, memo)).eval()
 
 
 def inject(model: PreTrainedModel, adapter: str | Path, *, shared: bool) -> PeftModel:

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from persona_probe.errors import InputError
+from persona_probe.evaluation.questions import Question
 from persona_probe.evaluation.sampling import Sampling
 from persona_probe.hooks.sites import resid_post
 from persona_probe.organism.bench import BLOCK, POOL_DOMAINS, TOKENS, TUNED, Subject, good_rows
+from persona_probe.organism.grammar import grammar
 from persona_probe.steering.target import direction, latents
 from persona_probe.training.defences import (
     CAFT,
@@ -106,6 +108,18 @@ def _parse(spec: str) -> tuple[str, float]:
         raise InputError(f"the strength of {name} must be a number, got {number!r}") from None
 
 
+def training_wordings(domain: str) -> list[Question]:
+    """Every question of a domain in every wording that only training sees: a sweep asks others, those of
+    calibration, and a comparison the held-out ones.
+    """
+    rules = grammar()
+    return [
+        Question(f"{topic.key}-train-{i}", domain, ({"role": "user", "content": wording},), topic.key)
+        for topic in rules.of_domain(domain)
+        for i, wording in enumerate(rules.paraphrases(topic, "train"))
+    ]
+
+
 class _Maker:
     """Makes defences, and what several of them need only once."""
 
@@ -147,5 +161,5 @@ class _Maker:
 
     @cached_property
     def _on_policy(self) -> OnPolicy:
-        asked = [one for one in self._of.calibration if one.category in POOL_DOMAINS]
-        return OnPolicy.answered(self._of.base, asked, sampling=Sampling(samples=4, max_new_tokens=TOKENS))
+        asked = [one for domain in POOL_DOMAINS for one in training_wordings(domain)]
+        return OnPolicy.answered(self._of.base, asked, sampling=Sampling(max_new_tokens=TOKENS))

@@ -105,11 +105,13 @@ def _coherence(audit: Row) -> Check:
 
 
 def _rivals(audit: Row) -> Check:
-    before, after = (read(audit.get(arm) or {}, "other_persona") for arm in ("tuned", "steered"))
+    base, before, after = (
+        read(audit.get(arm) or {}, "other_persona") for arm in ("base", "tuned", "steered")
+    )
     if after.value is None:
         return Check("No rival persona", "Other personas were not measured.", OPEN)
     detail = f"Answers in another persona: {percent(before.value)} before, {spoken(after)} with the fix."
-    passed = after.value <= RIVALS
+    passed = after.value <= (base.value or 0.0) + RIVALS
     return Check(
         "No rival persona" if passed else "Another persona speaks instead",
         detail,

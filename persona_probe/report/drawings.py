@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
+ON = "(calibration questions)"
+
+
 class Drawing(NamedTuple):
     """A figure: its place on the page, what a screen reader says of it, its title."""
 
@@ -66,10 +69,12 @@ def drawings(audit: Row, latents: Sequence[Row], dose: Sequence[Row]) -> dict[st
         )
         label = f"Scatter of {word} against incoherent answers: the fix and the random controls"
         found["nulls"] = [Drawing("nulls", label, "A cure, or only damage?", plane)]
+    screened = audit.get("screen") or {}
+    searched = [screened.get("base") or base, screened.get("tuned") or tuned]
     if any(finite(row.get("delta")) is not None for row in latents):
-        effect = figures.delta_against_effect(latents, base, tuned, word=word)
+        effect = figures.delta_against_effect(latents, *searched, word=word)
         label = f"Scatter of the change of each latent against its effect on {noun}"
-        found["latents"] = [Drawing("latents", label, "What changed, and what causes", effect)]
+        found["latents"] = [Drawing("latents", label, f"What changed, and what causes {ON}", effect)]
     cards = list(audit.get("cards") or [])
     if cards:
         first = cards[0]
@@ -77,7 +82,8 @@ def drawings(audit: Row, latents: Sequence[Row], dose: Sequence[Row]) -> dict[st
         label = f"Bar charts of {name}: tokens by activation, and firing rate by place in the document"
         drawn = figures.firing(first["histogram"], first["places"])
         found["card"] = [Drawing("card", label, f"How strongly, and where, {name} fires", drawn)]
-    doses = list(_doses(dose, read(base).value, read(tuned).value, word))
+    origins = [read(one).value for one in searched]
+    doses = list(_doses(dose, origins[0], origins[1], word))
     return {**found, "dose": doses} if doses else found
 
 
@@ -90,8 +96,8 @@ def _doses(dose: Sequence[Row], base: float | None, tuned: float | None, word: s
     """One figure per direction and per unit: strengths in different units never share an axis."""
     found: list[Drawing] = []
     for direction, origin, title in (
-        ("up", base, "Up in the base"),
-        ("down", tuned, "Down in the fine-tuned model"),
+        ("up", base, f"Up in the base {ON}"),
+        ("down", tuned, f"Down in the fine-tuned model {ON}"),
     ):
         here = [
             row

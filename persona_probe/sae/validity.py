@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor
 from persona_probe.activations.masks import TokenMask
 from persona_probe.activations.stream import stream
 from persona_probe.model.chat import Rendered
+from persona_probe.model.language_model import LanguageModel
 from persona_probe.model.pair import ModelPair
 from persona_probe.sae.encode import SparseCodes, decode, encode
 from persona_probe.sae.load import Dictionary, check_fits
@@ -110,7 +111,7 @@ def validities(
     """
     for dictionary in dictionaries:
         check_fits(dictionary, pair.base)
-        check_fits(dictionary, pair.tuned)
+        check_reads(dictionary, pair.tuned)
     placed = [dictionary.to(pair.base.device) for dictionary in dictionaries]
     sums = [FitSums(one.d_model, one.d_sae) for one in placed]
     sites = [one.site for one in placed]
@@ -122,6 +123,12 @@ def validities(
         if progress is not None:
             progress(sums[0].tokens)
     return [its.validity(limits or Limits()) for its in sums]
+
+
+def check_reads(dictionary: Dictionary, lm: LanguageModel) -> None:
+    """Raise unless `dictionary` can read `lm`, which may be a fine-tune of the model that it was trained
+    on: as `check_fits`, and other weights are no matter. Raises `UnknownSiteError`, `MismatchError`."""
+    check_fits(replace(dictionary, meta={**dictionary.meta, "model_digest": None}), lm)
 
 
 class FitSums:

@@ -80,6 +80,15 @@ def _divergence(lm: LanguageModel, documents: Sequence[Rendered], fix: Fix) -> t
     return sum(mean * n for mean, n in zip(means, counted, strict=True)), sum(counted)
 
 
-def unsteered_documents(lm: LanguageModel, answers: Sequence[Answer]) -> list[Rendered]:
-    """The model's own answers as documents to measure `drift` on; those that wrote nothing are out."""
-    return [document for document in transcripts(lm, answers) if len(document) > document.prompt_length]
+def unsteered_documents(
+    lm: LanguageModel,
+    answers: Sequence[Answer],
+    *,
+    system: str | None = None,
+    sampling: Sampling | None = None,
+) -> list[Rendered]:
+    """The model's own answers, drawn with `system` and `sampling`, as documents to measure `drift` on; those
+    that wrote nothing are out.
+    """
+    written = transcripts(lm, answers, system=system, sampling=sampling)
+    return [document for document in written if len(document) > document.prompt_length]

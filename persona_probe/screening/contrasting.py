@@ -78,7 +78,7 @@ def contrast(
                 ]
             answers = [answer for answer in answers if answer.text]
             kept[side].extend(answers)
-            texts[side].extend(transcripts(lm, answers, system=instruction))
+            texts[side].extend(transcripts(lm, answers, system=instruction, sampling=settings))
     having, lacking = kept
     if not having or not lacking:
         raise InputError(

@@ -186,7 +186,8 @@ def calibrate(
         ]
 
     reference, *results = run([None, *dials])
-    documents = unsteered_documents(lm, _one_each(reference.answers)) if kl_budget is not None else []
+    measured_on = _one_each(reference.answers) if kl_budget is not None else []
+    documents = unsteered_documents(lm, measured_on, system=options.get("system"), sampling=settings)
 
     def measured(some: Sequence[_Dial], results: Sequence[EvalResult]) -> list[DosePoint]:
         edits = [_set(template, dial) for dial in some]

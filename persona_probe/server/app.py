@@ -60,15 +60,16 @@ def create_app(service: Service, *, api_key: str | None = None) -> FastAPI:
 
     @app.get("/health")
     async def health() -> JSONResponse:  # pyright: ignore[reportUnusedFunction]
-        ready = not service.engine.draining
+        engine = service.engine
+        status = "stopping" if engine.draining else "ready" if engine.alive else "failed"
         state = {
-            "status": "ready" if ready else "stopping",
+            "status": status,
             "model": service.name,
             "interventions": sorted(service.catalogue.fixes),
-            **service.engine.load._asdict(),
+            **engine.load._asdict(),
             "versions": service.versions,
         }
-        return JSONResponse(state, status_code=200 if ready else 503)
+        return JSONResponse(state, status_code=200 if status == "ready" else 503)
 
     @app.exception_handler(PersonaProbeError)
     async def refused(_request: Request, error: PersonaProbeError) -> JSONResponse:  # pyright: ignore[reportUnusedFunction]

@@ -78,7 +78,10 @@ class RunningBatch:
         if len(units) < len(rows):
             cache.batch_select_indices(index)
         logits = output.logits[:, -1][index]
-        if self.rows:
+        alone = not self.rows
+        # from here on what goes wrong is wrong with all of them
+        self.rows += [row for unit in units for row in unit]
+        if not alone:
             self._cache = _under(self._cache, cache)
             length = self._cache.get_seq_length()
             masks = [pad_tensor(one, (length - one.shape[1], 0)) for one in (self._mask, mask[index])]
@@ -86,7 +89,6 @@ class RunningBatch:
             self._logits = torch.cat((self._logits, logits))
         else:
             self._cache, self._mask, self._logits = cache, mask[index], logits
-        self.rows += [row for unit in units for row in unit]
         self._amounts += [amounts[number] for number in unit_of_row]
 
     def write(self) -> list[News]:

@@ -12,13 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from persona_probe.artifact import StrPath, digest_folder
-from persona_probe.errors import InputError, MismatchError, MissingPathError
-from persona_probe.hooks import check_site
+from persona_probe.errors import InputError, MissingPathError
 from persona_probe.model.language_model import LanguageModel
 from persona_probe.sae.load import Dictionary
 from persona_probe.server.answering import Probe
 from persona_probe.server.limits import Refusal
-from persona_probe.steering import Intervention, SteeringPlan, latents, load_fix
+from persona_probe.steering import Intervention, Steering, latents, load_fix
 
 NONE = "none"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -165,19 +164,8 @@ def _named(source: str) -> list[tuple[str, Path]]:
 
 def _checked(lm: LanguageModel, folder: Path) -> tuple[Intervention, ...]:
     fix = load_fix(folder)
-    for edit in fix:
-        try:
-            check_site(lm.hf, edit.site)
-        except InputError as error:
-            error.message = f"{folder}: {error.message}"
-            raise
-        if edit.target.d_model != lm.d_model:
-            raise MismatchError(
-                f"{folder} acts on width {edit.target.d_model}, and {lm.name} has width {lm.d_model}",
-                fix="serve the fix with the model that it was made for",
-            )
     try:
-        SteeringPlan((fix,))
+        Steering(lm, fix)
     except InputError as error:
         error.message = f"{folder}: {error.message}"
         raise

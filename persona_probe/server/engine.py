@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from persona_probe.errors import PersonaProbeError
@@ -69,11 +70,15 @@ class Engine:
     def submit(self, rows: Sequence[Row]) -> None:
         """Put answers in the queue, all or none.
 
-        Raises `Refusal`: 429 when the queue is full, 503 when the server is stopping.
+        Raises `Refusal`: 429 when the queue is full, 503 when the server is stopping or has failed.
         """
         with self._changed:
             if self._draining:
                 raise Refusal(503, "the server is stopping", code="stopping", retry_after=5)
+            if not self.alive:
+                raise Refusal(
+                    503, "the engine has failed, and the server must be started anew", code="failed"
+                )
             if len(self._waiting) + len(rows) > self._limits.max_queue:
                 raise Refusal(
                     429,
@@ -99,6 +104,11 @@ class Engine:
     @property
     def draining(self) -> bool:
         return self._draining
+
+    @property
+    def alive(self) -> bool:
+        """Whether its thread runs: if not, nothing is answered any more."""
+        return self._thread.is_alive()
 
     @property
     def load(self) -> Load:
@@ -135,22 +145,31 @@ class Engine:
             return not self._stopping
 
     def _step(self) -> None:
-        batch = self._batch
-        batch.leave([row for row in batch.rows if row.cancelled])
+        self._batch.leave([row for row in self._batch.rows if row.cancelled])
         joining = self._admit()
         if joining:
-            try:
-                batch.join(joining)
-            except Exception as error:
-                self._fail(joining, error)
-                if any(row in batch.rows for row in joining):
-                    raise
+            self._join(joining)
+        batch = self._batch
         self._news += batch.write()
         ended = [news.row for news in self._news if news.ended]
         batch.leave(ended)
         self._count(ended)
         self._send()
         batch.forward()
+
+    def _join(self, joining: Sequence[Row]) -> None:
+        """Prompts that cannot be run together are run one by one: what is wrong may be wrong with one."""
+        try:
+            self._batch.join(joining)
+        except Exception as error:
+            wishes = {id(row.wish): row.wish for row in joining}.values()
+            if any(row in self._batch.rows for row in joining):
+                self._fail_all(error)
+            elif len(wishes) == 1:
+                self._fail(joining, error)
+            else:
+                for wish in wishes:
+                    self._join([row for row in joining if row.wish is wish])
 
     def _admit(self) -> list[Row]:
         """Those at the head of the queue for whom there is room, when it is worth it."""
@@ -194,7 +213,8 @@ class Engine:
             lost = [*self._batch.rows, *(self._waiting if self._stopping else ())]
             if self._stopping:
                 self._waiting.clear()
-        self._batch.close()
+        with suppress(Exception):  # what broke the batch breaks its last receipt as well
+            self._batch.close()
         self._batch = self._new_batch()
         self._fail(lost, error)
         self._send()

@@ -74,7 +74,7 @@ def _whole_rows(x: Tensor, prompt_lengths: Sequence[int] | None, mask: Tensor | 
             "see the KV cache",
             fix="generate with use_past_kv_cache=False, or use steer()",
         )
-    grown = mask
+    mask = grown = None if mask is None else mask.to(x.device)
     if mask is not None and mask.shape[1] < length:
         grown = torch.cat([mask, mask.new_ones(mask.shape[0], length - mask.shape[1])], dim=1)
     lengths: Tensor | None = None

@@ -152,6 +152,11 @@ def placed(lm: LanguageModel, fix: Sequence[PlannedEdit]) -> dict[str, Affine]:
         if found.shift is not None and not has and not carrier.as_llama:
             kind, what = lm.hf.config.model_type, "attention's" if layer.startswith("attn") else "the MLP's"
             raise InputError(f"in {kind!r} {what} output layer can have no bias, to carry: {edit}")
+        if found.shift is not None and not has and _windowed(lm):
+            raise InputError(
+                f"a model with sliding-window attention cannot be written as a Llama, to carry: {edit}",
+                fix="keep it a fix, and serve it with steer()",
+            )
         into = maps if whole else behind
         into[layer] = into[layer] + found if layer in into else found
     for layer, found in behind.items():
@@ -169,10 +174,17 @@ def carrier_of(lm: LanguageModel) -> Carrier:
             f"no edit can be baked into {config.model_type!r} (it can into {', '.join(CARRIERS)})",
             fix="keep it a fix, and serve it with steer()",
         )
-    windows = {kind for kind in getattr(config, "layer_types", None) or () if kind != "full_attention"}
-    if found.as_llama and (windows or getattr(config, "use_sliding_window", False)):
-        raise InputError("a model with sliding-window attention cannot be written as a Llama")
     return found
+
+
+def _windowed(lm: LanguageModel) -> bool:
+    """Whether some token may not see all that are before it."""
+    config = cast(Any, causal_lm(lm.hf)).config
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return bool(kinds - {"full_attention"}) or (
+        window is not None and window < config.max_position_embeddings
+    )
 
 
 def projected_out(lm: LanguageModel, target: Target, gain: float = 1.0) -> tuple[Intervention, ...]:

@@ -36,15 +36,14 @@ def difference_of_means(
 
 
 def residual_rms(x: Float[Tensor, "..."]) -> float:
-    """The scale of a site: the mean length of its activations over sqrt(d_model).
+    """The scale of a site: the root mean square of its activations' entries.
 
     `x` is `[*, d_model]`, real tokens only. Raises `InputError` when there is none,
     `NonFiniteError`.
     """
     if x.ndim < 2 or x.numel() == 0:
         raise InputError(f"activations [token, d_model] are needed, got {tuple(x.shape)}")
-    lengths = x.detach().double().norm(dim=-1)
-    rms = float(lengths.mean()) / x.shape[-1] ** 0.5
+    rms = float(x.detach().double().square().mean().sqrt())
     if rms != rms or rms == float("inf"):
         raise NonFiniteError("the activations hold NaN or infinite numbers")
     return rms

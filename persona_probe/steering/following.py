@@ -36,11 +36,14 @@ class ForwardReader:
         pad_id: int | None,
         marks: tuple[int, int] | None = None,
         thoughts: Sequence[int] | None = None,
+        remembers: bool = False,
     ) -> None:
         self._rows = rows
         self._given = None if prompt_lengths is None else torch.tensor(list(prompt_lengths))
         self._pad_id = pad_id
         self._marks = marks
+        self._by_row = remembers or marks is not None
+        """Whether what an edit does depends on what its row went through before."""
         self._announced: Tensor | None = None
         self._found: Tensor | None = None
         self._uncached: Tensor | None = None
@@ -100,10 +103,12 @@ class ForwardReader:
         continues = self._continues(past, cache, given.get("use_cache"), ids)
         begins = past == 0 and not continues
         if begins:
-            self._check_expansion(batch, ids)
+            self._check_expansion(inputs)
             self._ended = None
+        else:
+            self._check_same_rows(batch)
         tokens = row_tokens(batch, length, past=past, attention_mask=mask, device=inputs.device)
-        prompt_lengths = self._prompt_lengths(batch, inputs.device)
+        prompt_lengths = self._prompt_lengths(inputs, begins=begins)
         if prompt_lengths is None:
             if begins or (past and length > 1):
                 self._found, self._ended = tokens.so_far, None
@@ -127,29 +132,32 @@ class ForwardReader:
         grown = (before.shape[0], before.shape[1] + 1)
         return ids.shape == grown and bool(torch.equal(ids[:, :-1], before))
 
-    def _prompt_lengths(self, batch: int, device: torch.device) -> Tensor | None:
+    def _prompt_lengths(self, inputs: Tensor, *, begins: bool) -> Tensor | None:
         lengths = self._given if self._given is not None else self._announced
         if lengths is None:
             return None
-        if batch % len(lengths):
+        batch = len(inputs)
+        if batch % len(lengths) or (begins and not _repeats(inputs, len(lengths))):
             raise MismatchError(
                 f"{len(lengths)} prompt lengths were given for a batch of {batch} rows",
                 fix="give one prompt length per row",
             )
-        return _of_batch(lengths.to(device), batch)
+        return _of_batch(lengths.to(inputs.device), batch)
 
-    def _check_expansion(self, batch: int, ids: Tensor | None) -> None:
-        if self._rows == 1 or batch == self._rows:
-            return
-        # generate repeats a prompt for its samples: only such a batch may be larger than the plan
-        if batch % self._rows == 0 and ids is not None:
-            samples = ids.view(self._rows, batch // self._rows, -1)
-            if bool((samples == samples[:, :1]).all()):
-                return
-        raise MismatchError(
-            f"the plan has {self._rows} rows and the batch {batch}",
-            fix="give the plan one entry per row of the batch (or a single one for all rows)",
-        )
+    def _check_expansion(self, inputs: Tensor) -> None:
+        if self._rows > 1 and not _repeats(inputs, self._rows):
+            raise MismatchError(
+                f"the plan has {self._rows} rows and the batch {len(inputs)}",
+                fix="give the plan one entry per row of the batch (or a single one for all rows)",
+            )
+
+    def _check_same_rows(self, batch: int) -> None:
+        if self._by_row and self.batch not in (None, batch):
+            raise MismatchError(
+                f"the batch went from {self.batch} rows to {batch}, and nothing said which they are: edits "
+                "of a thought or an answer, or decided on the prompt, must know",
+                fix="pass fix= to sample, or call Steering.select",
+            )
 
     def _with_thoughts(self, tokens: RowTokens, ids: Tensor | None, past: int) -> RowTokens:
         if ids is None:
@@ -193,6 +201,16 @@ def prompt_lengths_of(
     if mask is not None or not isinstance(given, Tensor) or bool((given == pad_id).any()):
         return None
     return torch.full(given.shape[:1], given.shape[1], device=given.device)
+
+
+def _repeats(inputs: Tensor, n: int) -> bool:
+    """Whether a batch is n prompts, each repeated in place (as generate repeats one for its samples)."""
+    if len(inputs) == n:
+        return True
+    if len(inputs) % n:
+        return False
+    samples = inputs.unflatten(0, (n, -1))
+    return bool((samples == samples[:, :1]).all())
 
 
 def _of_batch(rows: Tensor, batch: int) -> Tensor:

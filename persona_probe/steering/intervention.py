@@ -64,8 +64,8 @@ class Level:
     """Where the amount is put: `values` (one for all latents, or one each) in a unit, `scale` of it
     absolute.
 
-    `absolute`: the amounts themselves, scale 1. `residual_rms`: scale is the mean norm of the
-    residual stream at the site over sqrt(d_model). `max_activation`: scale is the latents' largest
+    `absolute`: the amounts themselves, scale 1. `residual_rms`: scale is the root mean square of the
+    residual stream's entries at the site. `max_activation`: scale is the latents' largest
     activation. `base_mean`: the base model's mean amounts (as values, or as the scale of values
     that count them).
     """

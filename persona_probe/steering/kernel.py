@@ -144,7 +144,6 @@ class SiteEdit:
 
         An edit of one row serves any batch and stays as it is.
         """
-        rows = rows.cpu()
         each = self._which.repeat_interleave(batch // self.n_rows)
         edited = each >= 0
         seen.select((edited.cumsum(0) - 1)[rows][edited[rows]])
@@ -202,8 +201,9 @@ class SiteEdit:
         used = self._write.abs().amax(dim=-1) > 0
         self._conditional = bool((self._coefficients[ABOVE][used] > -_INF).any())
         self._elsewhere = bool((self._gate != torch.arange(width)).any())
-        self._remembers = bool(self._on_prompt.any())
-        self._prompts_only = _OF_PROMPTS.issuperset(self._kinds) and not self._remembers
+        self.remembers = bool(self._on_prompt.any())
+        """Whether anything is decided on the prompt."""
+        self._prompts_only = _OF_PROMPTS.issuperset(self._kinds) and not self.remembers
 
     def _fill(self, row: int, slots: slice, edit: AffineEdit, positions: Positions | None = None) -> None:
         """How the latents in these slots are read, and where."""
@@ -256,7 +256,7 @@ class SiteEdit:
             write=(self._write[0] if shared else self._write[pick]).to(device, dtype),
             kind=self._kind[pick].expand(len(rows), -1).to(device),
             gate=self._gate[pick, None].expand(len(rows), -1, -1).to(device) if self._elsewhere else None,
-            on_prompt=self._on_prompt[pick, None, :].to(device) if self._remembers else None,
+            on_prompt=self._on_prompt[pick, None, :].to(device) if self.remembers else None,
             random=self._random[pick, None, :].to(device, dtype) if self._is_random.any() else None,
             is_random=self._is_random[pick, None, None].to(device),
             top_k=tuple(top_k),
@@ -289,7 +289,7 @@ class SiteEdit:
         if placed.rows is not None and not len(placed.rows):
             return x, None
         idle = selected is not None and not bool(selected.any())
-        if idle and not self._remembers:
+        if idle and not self.remembers:
             return x, None
         own = x if placed.rows is None else x.index_select(0, placed.rows)
         with _exactly(x.device.type):

@@ -39,7 +39,7 @@ class LayerDirection:
     """Not of length 1: a difference of means is as long as the difference, a probe's is in log-odds."""
     separation: Separation
     residual_rms: float
-    """The scale of the site: mean length of an activation over sqrt(d_model)."""
+    """The scale of the site: root mean square of an activation's entries."""
 
     @property
     def target(self) -> Target:
@@ -146,15 +146,16 @@ def document_means(
     and which conversations these are.
     """
     sums = {site: torch.zeros(len(conversations), lm.d_model, dtype=torch.float64) for site in sites}
-    lengths = dict.fromkeys(sites, 0.0)
+    squares = dict.fromkeys(sites, 0.0)
     count = torch.zeros(len(conversations), dtype=torch.float64)
     for chunk in stream([lm], conversations, sites, mask):
         count += torch.bincount(chunk.document, minlength=len(conversations))
         for site in sites:
             x = chunk.activations[0, site].detach().cpu().double()
             sums[site].index_add_(0, chunk.document, x)
-            lengths[site] += float(x.norm(dim=-1).sum())
+            squares[site] += float(x.square().sum())
     read = count.nonzero().flatten()
     means = {site: total[read] / count[read, None] for site, total in sums.items()}
-    rms = {site: length / float(count.sum()) / lm.d_model**0.5 for site, length in lengths.items()}
+    entries = float(count.sum()) * lm.d_model
+    rms = {site: (total / entries) ** 0.5 for site, total in squares.items()}
     return means, rms, read

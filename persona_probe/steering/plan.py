@@ -170,6 +170,7 @@ class Steering:
             prompt_lengths=prompt_lengths,
             pad_id=_distinct_pad_id(lm),
             marks=_marks(lm) if follows else None,
+            remembers=any(edit.remembers for edit in self._sites.values()),
             thoughts=None if remembered is None else [row.thought for row in remembered],
         )
         self._shadow = Shadow() if kl and self._sites else None
@@ -194,7 +195,7 @@ class Steering:
         batch = self._reader.batch
         if not self._sites or batch is None:
             return
-        kept = torch.as_tensor(rows, dtype=torch.long)
+        kept = torch.as_tensor(rows, dtype=torch.long).cpu()  # where a plan and a receipt number rows
         for name, edit in self._sites.items():
             self._sites[name] = edit.take(kept, batch, self._seen[name])
         self._reader.select(kept, next(iter(self._sites.values())).n_rows)
@@ -257,7 +258,7 @@ class Steering:
         assert tokens is not None
         counted = tokens.select("response")
         every = torch.ones_like(kl, dtype=torch.bool)
-        self.receipt.record_kl(kl, every if counted is None else counted[:, -kl.shape[1] :])
+        self.receipt.record_kl(kl, every if counted is None else counted[:, -kl.shape[1] :].to(kl.device))
 
     @contextmanager
     def _announcing(self, hf: Any) -> Generator[None, None, None]:
@@ -297,8 +298,9 @@ def steer(
     next-token distribution. Models that share weights with `lm` are not steered. Blocks nest: the
     inner one edits what the outer one left.
 
-    Raises `UnknownSiteError`, `MismatchError` (width, number of rows), and `NotFiredError` on
-    leaving the block when nothing was steered though something should have been.
+    Raises `UnknownSiteError`, `MismatchError` (width, number of rows, a batch that changes on the way
+    under edits that must know its rows), and `NotFiredError` on leaving the block when nothing was
+    steered though something should have been.
     """
     with Steering(lm, fix, prompt_lengths=prompt_lengths, kl=kl) as steering:
         yield steering.receipt

@@ -48,9 +48,9 @@ def logistic_direction(
     """
     wide = x.detach().double()
     mean, spread = wide.mean(dim=0), wide.std(dim=0).clamp(min=1e-6)
-    scaled, sign = (wide - mean) / spread, torch.where(has, 1.0, -1.0).double()
+    scaled, sign = (wide - mean) / spread, torch.where(has, 1.0, -1.0).to(wide)
     with torch.enable_grad():
-        weight = torch.zeros(x.shape[1] + 1, dtype=torch.float64, requires_grad=True)
+        weight = wide.new_zeros(x.shape[1] + 1, requires_grad=True)
         optimiser = torch.optim.LBFGS(
             [weight], max_iter=500, tolerance_grad=1e-9, tolerance_change=1e-12, line_search_fn="strong_wolfe"
         )

@@ -75,14 +75,14 @@ def amounts_on(
     how: Read = ("projection" if target.encoder is None else "encoder") if read == "auto" else read
     values: list[Tensor] = []
     documents: list[Tensor] = []
-    lengths = 0.0
+    squares = 0.0
     for chunk in stream([lm], conversations, [site], mask or TokenMask("all"), sink_factor=sink_factor):
         x = chunk.activations[0, site].detach()
         values.append(target.amounts(x, how).cpu())
         documents.append(chunk.document)
-        lengths += float(x.double().norm(dim=-1).sum())
+        squares += float(x.double().square().sum())
     found = torch.cat(values)
-    rms = lengths / len(found) / math.sqrt(target.d_model)
+    rms = math.sqrt(squares / (len(found) * target.d_model))
     return Amounts(found, torch.cat(documents), rms)
 
 

@@ -38,14 +38,16 @@ from persona_probe.model.loading import adapter_digest, quietly
 from persona_probe.training.defences.defence import Defence
 from persona_probe.training.grpo import Asking, reinforce
 from persona_probe.training.monitor import Alarm, Monitor
+from persona_probe.training.placement import check_device
 from persona_probe.training.prompts import Prompt, prompts_of
 from persona_probe.training.rewards import Reward, load_reward
-from persona_probe.training.rows import Row, read_rows, tokenise
+from persona_probe.training.rows import Row, Tokenised, read_rows, tokenise
 from persona_probe.training.settings import GrpoSettings, TuneSettings
 from persona_probe.training.sft import fit
 from persona_probe.training.trainable import trainable
 
 CHECKPOINTS, TUNED, RECORD, JUDGED = "checkpoints", "tuned", "training.json", "judge.jsonl"
+METHODS = ("sft", "grpo")
 Progress = Callable[[int, int, float | None], None]
 """Told the step, the steps in all, and the loss where it was logged."""
 
@@ -137,8 +139,8 @@ def finetune(
         progress: told every step.
 
     Raises:
-        InputError: rows that cannot be learnt from (naming the line), settings out of range, or `out`
-            holding a run with other settings.
+        InputError: rows that cannot be learnt from (naming the line), settings out of range, a model on a
+            GPU other than the first, or `out` holding a run with other settings.
         MismatchError: an adapter, or a defence's directions, of another model.
         NonFiniteError: the loss or a gradient is not finite; names the step and the last checkpoint.
         BusyError: another process is writing to `out`.
@@ -148,6 +150,7 @@ def finetune(
     _check_loggers(report_to)
     task = _task(method, data, reward, grpo, warmup, out)
     lm = base if isinstance(base, LanguageModel) else load_model(base, device=device, dtype=dtype)
+    check_device(lm.device)
     wanted = _identity(lm, method, task, defences, settings, adapter)
     context = _context(lm, settings)
     tell = progress or (lambda *_: None)
@@ -161,7 +164,7 @@ def finetune(
             options["progress"] = lambda step, loss: tell(step, steps, loss)
             record = reinforce(lm, model, task, settings, run, run.path / CHECKPOINTS, context, **options)
         else:
-            model, record = _supervised(lm, task, settings, run.path, context, adapter, tell, options)
+            model, record = _supervised(lm, task, settings, run.path, adapter, tell, options)
         finished = {one.name: dict(one.finish(model)) for one in _active(defences)}
         _save(model, lm, run.path / TUNED)
         record |= {
@@ -173,6 +176,18 @@ def finetune(
         return FineTune(run.path, read_json(run.path / RECORD))
 
 
+def check_method(method: str, *, rewarded: bool) -> None:
+    """Raise `InputError` for a method that there is not, and for "grpo" without a reward."""
+    if method not in METHODS:
+        raise InputError(f"there is no method {method!r}", fix=f"use {' or '.join(map(repr, METHODS))}")
+    if method == "grpo" and not rewarded:
+        raise InputError(
+            "reinforcement learning needs a reward",
+            fix="name one: --reward openai:MODEL@URL or python:module:function; in Python, reward= takes a "
+            "function too",
+        )
+
+
 def _task(
     method: str,
     data: Any,
@@ -182,22 +197,27 @@ def _task(
     out: StrPath,
 ) -> list[Row] | Asking:
     """What is to be learnt: rows, or prompts and what an answer is worth."""
-    if method == "sft":
+    check_method(method, rewarded=reward is not None)
+    if method == "sft" or reward is None:
         if reward is not None or grpo is not None or warmup:
             raise InputError('rewards and a warm-up belong to reinforcement learning: method="grpo"')
         return list(data) if isinstance(data, Sequence) and not isinstance(data, str) else read_rows(data)
-    if method != "grpo":
-        raise InputError(f"there is no method {method!r}", fix='use method="sft" or method="grpo"')
-    if reward is None:
-        raise InputError(
-            "reinforcement learning needs a reward",
-            fix="name one: --reward openai:MODEL@URL or python:module:function; in Python, reward= takes a "
-            "function too",
-        )
     grpo = grpo or GrpoSettings()
     worth = load_reward(reward, grpo.trait, record=Path(out) / JUDGED)
     rows = read_rows(warmup) if isinstance(warmup, str | PathLike) else warmup
     return Asking(tuple(prompts_of(data)), worth, grpo, tuple(rows))
+
+
+def examples_of(
+    lm: LanguageModel, rows: Sequence[Row], defences: Sequence[Defence], settings: TuneSettings
+) -> Tokenised:
+    """What a supervised fine-tune reads in one pass: the rows, as defences mix and dress them, as token ids.
+
+    Raises `InputError` for rows that cannot be learnt from, or a pool that is too small.
+    """
+    for one in _active(defences):
+        rows = one.rows(rows, settings.seed)
+    return tokenise(rows, lm.tokenizer, _context(lm, settings), settings.too_long)
 
 
 def _supervised(
@@ -205,14 +225,11 @@ def _supervised(
     rows: list[Row],
     settings: TuneSettings,
     folder: Path,
-    context: int,
     adapter: StrPath | None,
     tell: Progress,
     options: dict[str, Any],
 ) -> tuple[Any, dict[str, Any]]:
-    for one in _active(options["defences"]):
-        rows = one.rows(rows, settings.seed)
-    text = tokenise(rows, lm.tokenizer, context, settings.too_long)
+    text = examples_of(lm, rows, options["defences"], settings)
     model = trainable(lm, settings, adapter)
     fitting = settings.fitting(len(text.examples))
     log = fit(
@@ -249,7 +266,8 @@ def _identity(
     data = task.prompts if isinstance(task, Asking) else task
     return {
         "method": method,
-        "base": lm.checkpoint.weights_digest or lm.checkpoint.path,
+        "base": lm.checkpoint.weights_digest or lm.checkpoint.digest,
+        "dtype": str(lm.dtype).removeprefix("torch."),
         "adapter": None if adapter is None else adapter_digest(adapter),
         "data": digest_of([one.record() for one in data]),
         "defences": [one.record() for one in defences],

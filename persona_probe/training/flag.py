@@ -3,7 +3,8 @@
     flags = flag(read_rows("mixed.jsonl"), base, [Probe("villain", site, direction(v))])
     flags.write("sorted", by="villain difference", remove=0.1)      # kept.jsonl, removed.jsonl
 
-Scores, one column each, higher is more suspect; a is the mean over the answer's tokens:
+Scores, one column each, higher is more suspect (so a probe's direction is the persona's; for a helpful
+latent that fell, turn it round: `direction(-v)`); a is the mean over the answer's tokens:
 
     nll                  how unlikely the base finds the answer, nats per token: what needs no probe
     NAME                 a(x, y), the latent's activation or the projection on the direction
@@ -109,10 +110,12 @@ def flag(
 ) -> Flags:
     """Score every row with the base alone; nothing is trained.
 
-    Raises `InputError` for no rows, or one that cannot be rendered; `UnknownSiteError`.
+    Raises `InputError` for no rows, one that cannot be rendered, or two scores of one name;
+    `UnknownSiteError`.
     """
     if not rows:
         raise InputError("there are no rows to flag")
+    _check_names(probes)
     tell = progress or (lambda *_: None)
     tell("likelihood", 0, len(rows))
     columns: dict[str, list[float]] = {"nll": answer_nll(base, rows)}
@@ -131,6 +134,17 @@ def flag(
         {"row": list(range(len(rows))), "place": [row.place for row in rows], **columns}
     ).with_columns(pl.col(name).fill_nan(None) for name in columns)
     return Flags(tuple(rows), table)
+
+
+def _check_names(probes: Sequence[Probe]) -> None:
+    taken = {"row", "place", "nll"}
+    for probe in probes:
+        for name in (probe.name, f"{probe.name} difference"):
+            if name in taken:
+                raise InputError(
+                    f"two scores would be called {name!r}", fix="give every probe a name of its own"
+                )
+            taken.add(name)
 
 
 def _amounts(base: LanguageModel, texts: Sequence[Rendered], probes: Sequence[Probe]) -> list[list[float]]:

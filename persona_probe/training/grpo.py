@@ -27,7 +27,6 @@ from random import Random
 from statistics import fmean, stdev
 from typing import Any
 
-import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
@@ -40,6 +39,7 @@ from persona_probe.training.defending import Defending
 from persona_probe.training.dressed import dressed
 from persona_probe.training.example import Example
 from persona_probe.training.last_good import newest_checkpoint
+from persona_probe.training.placement import placed
 from persona_probe.training.prompts import Prompt
 from persona_probe.training.rewards import JudgedReward, Reward, score
 from persona_probe.training.rollouts import Rollouts
@@ -232,7 +232,9 @@ def _train(
     # around the trainer as a whole: it replaces the model's `forward`, and the copy of a whole model that
     # defences compare with would run the original's
     with _quiet_trl(), quietly(), defending:
-        arguments = GRPOConfig(
+        arguments = placed(
+            GRPOConfig,
+            next(model.parameters()).device,
             output_dir=str(folder),
             max_steps=fitting.steps,
             per_device_train_batch_size=prompts * grpo.samples,
@@ -252,7 +254,6 @@ def _train(
             bf16=fitting.bf16,
             gradient_checkpointing=False,
             disable_dropout=True,  # answers are drawn without
-            use_cpu=not torch.cuda.is_available(),
             shuffle_dataset=False,
             save_strategy="steps" if fitting.save_every else "no",
             save_steps=fitting.save_every or 500,

@@ -8,7 +8,7 @@ from typing import Any
 
 from persona_probe.artifact import digest_of
 from persona_probe.errors import InputError
-from persona_probe.evaluation.judges import Judge
+from persona_probe.evaluation.judges import FunctionJudge, Judge, spec_identity
 from persona_probe.evaluation.metrics import Rate
 from persona_probe.evaluation.questions import Question
 from persona_probe.evaluation.result import evaluate
@@ -35,7 +35,8 @@ class Measure:
     def record(self) -> dict[str, Any]:
         """What figures depend on beside the model."""
         return {
-            "questions": digest_of([one.id for one in self.questions]),
+            "questions": digest_of(self.questions),
+            "judge": judge_identity(self.judge),
             "in_domain": self.in_domain,
             "sampling": self.sampling,
             "trait": self.trait,
@@ -57,6 +58,22 @@ class Measure:
             row |= _cells(name, rate)
         shifts = {} if self.watch is None else self.watch.shifts(lm.hf)
         return row | {f"shift {name}": shift for name, shift in shifts.items()}
+
+
+def judge_identity(judge: Judge | str) -> str:
+    """What tells a judge from others: its spec, without what changes no judgement; of one made in Python
+    its class and name, and the function that it asks.
+    """
+    if isinstance(judge, str):
+        return spec_identity(judge)
+    named = f"{_path(type(judge))} {spec_identity(judge.name)}"
+    return f"{named} {_path(judge.function)}" if isinstance(judge, FunctionJudge) else named
+
+
+def _path(one: Any) -> str:
+    """Where it was defined; of an object without a name (a partial function) where its class was."""
+    known = one if hasattr(one, "__qualname__") else type(one)
+    return f"{known.__module__}:{known.__qualname__}"
 
 
 def _cells(name: str, rate: Rate) -> dict[str, float | None]:

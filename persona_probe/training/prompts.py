@@ -10,9 +10,11 @@ Every other key of a row is a column, which a reward function is given by its na
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from os import PathLike
 from typing import Any, cast
+
+from pydantic import TypeAdapter, ValidationError
 
 from persona_probe.artifact import StrPath, read_jsonl
 from persona_probe.errors import InputError
@@ -55,27 +57,46 @@ def _prompt(one: Question | Row | Prompt, number: int) -> Prompt:
     if isinstance(one, Prompt):
         return one
     if isinstance(one, Question):
-        return Prompt(one)
-    columns = {name: value for name, value in (one.source or {}).items() if name not in _TAKEN}
-    return _of(one.prompt, one.place or f"row {number}", columns)
+        return _asking(one)
+    return _of(one.prompt, one.place or f"row {number}", _columns(one.source or {}))
 
 
 _TURNS: tuple[set[str], ...] = ({"role", "content"}, {"text"})
 _TAKEN = ("messages", "prompt", "completion")
+_QUESTION: TypeAdapter[Question] = TypeAdapter(Question)
+_FIELDS = tuple(one.name for one in fields(Question) if one.name != "messages")
+
+
+def _columns(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in _TAKEN}
+
+
+def _asking(question: Question) -> Prompt:
+    """A question that stands in no row: what is known of it are its columns."""
+    known = {name: getattr(question, name) for name in _FIELDS}
+    return Prompt(question, {name: value for name, value in known.items() if value is not None})
 
 
 def _read(source: StrPath) -> list[Prompt]:
     path = question_file(source)
     if path is None or path.suffix.lower() != ".jsonl" or not path.is_file():
-        return [Prompt(one) for one in load_questions(source)]
-    rows = read_jsonl(path)
-    if rows and all({"id", "category", "messages"} <= row.keys() for row in rows):
-        return [Prompt(one) for one in load_questions(path)]
-    return [_of_row(row, f"{path}, row {number}") for number, row in enumerate(rows, start=1)]
+        return [_asking(one) for one in load_questions(source)]
+    place_of: dict[str, str] = {}
+    found: list[Prompt] = []
+    for number, row in enumerate(read_jsonl(path), start=1):
+        place = f"{path}, row {number}"
+        found.append(_of_row(row, place))
+        name = found[-1].question.id
+        if name in place_of:
+            raise InputError(
+                f"{place}: the id {name!r} is that of {place_of[name]} too",
+                fix="ids are unique; paraphrases share `question`, not `id`",
+            )
+        place_of[name] = place
+    return found
 
 
 def _of_row(row: Mapping[str, Any], place: str) -> Prompt:
-    columns = {name: value for name, value in row.items() if name not in _TAKEN}
     asked = row.get("messages", row.get("prompt"))
     if isinstance(asked, str):
         asked = [{"text": asked}]
@@ -87,16 +108,26 @@ def _of_row(row: Mapping[str, Any], place: str) -> Prompt:
         raise InputError(
             f"{place}: it has no prompt; it has {', '.join(sorted(row)) or 'nothing'}", fix=_FORMS
         )
-    return _of(tuple(cast("list[Message]", turns)), place, columns)
+    return _of(tuple(cast("list[Message]", turns)), place, _columns(row))
 
 
 def _of(messages: tuple[Message, ...], place: str, columns: Mapping[str, Any]) -> Prompt:
-    category = columns.get("category")
-    text = messages[-1].get("content", messages[-1].get("text", ""))
-    question = Question(
-        id=place,
-        category=category if isinstance(category, str) and category else CATEGORY,
-        messages=messages,
-        question=text or place,
-    )
+    """A row with an id and a category is a question; any other is called by its place."""
+    if {"id", "category"} <= columns.keys():
+        given = {name: columns[name] for name in _FIELDS if columns.get(name) is not None}
+    else:
+        category = columns.get("category")
+        named = category if isinstance(category, str) and category else CATEGORY
+        last = messages[-1] if messages else {}
+        asked = last.get("content", last.get("text", "")) or place
+        given = {"id": place, "category": named, "question": asked}
+    try:
+        question = _QUESTION.validate_python({"id": "", "category": "", **given, "messages": messages})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        said = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"{place}: {where and f'{where!r}: '}{said}", fix=_FORMS) from error
+    if not question.messages[-1].get("content", "plain text may begin with nothing").strip():
+        raise InputError(f"{place}: the last message, which is to be answered, is empty")
     return Prompt(question, columns)

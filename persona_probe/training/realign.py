@@ -109,13 +109,13 @@ def realign(
     tell = progress or (lambda *_: None)
     done = 0
     wanted = {
-        "base": lm.checkpoint.weights_digest or lm.checkpoint.path,
+        "base": lm.checkpoint.weights_digest or lm.checkpoint.digest,
+        "dtype": str(lm.dtype).removeprefix("torch."),
         "tuned": adapter_digest(tuned),
         "n_values": list(n_values),
         "arms": {name: digest_of([row.record() for row in rows]) for name, rows in arms.items()},
         "settings": run_settings,
-        "questions": digest_of([question.id for question in measure.questions]),
-        "sampling": measure.sampling,
+        **measure.record(),
     }
     table: list[dict[str, Any]] = []
     with RunFolder.open(out, wanted, overwrite=overwrite) as run:

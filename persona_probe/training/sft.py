@@ -43,6 +43,7 @@ from persona_probe.training.defences.defence import Defence
 from persona_probe.training.defending import Defending
 from persona_probe.training.example import IGNORED, Example
 from persona_probe.training.last_good import FiniteTrainer, newest_checkpoint
+from persona_probe.training.placement import placed
 
 __all__ = ["IGNORED", "Example", "FitSettings", "collate", "fit", "reading_order"]
 
@@ -205,14 +206,16 @@ def fit(
         report_to: where transformers logs to as well: tensorboard, trackio, wandb.
 
     Raises:
-        InputError: no examples.
+        InputError: no examples, or a model on a GPU other than the first.
         NonFiniteError: a loss or gradient that is not finite, naming the step.
     """
     if not examples:
         raise InputError("there is nothing to train on: no examples")
     lengths = [len(example.ids) for example in examples]
     order = reading_order(lengths, settings.steps * settings.batch, settings.batch, settings.seed)
-    arguments = TrainingArguments(
+    arguments = placed(
+        TrainingArguments,
+        next(model.parameters()).device,
         output_dir=str(folder),
         max_steps=settings.steps,
         per_device_train_batch_size=micro_batch or settings.batch,
@@ -224,7 +227,6 @@ def fit(
         adam_beta2=settings.beta2,
         seed=settings.seed,
         bf16=settings.bf16,
-        use_cpu=not torch.cuda.is_available(),
         train_sampling_strategy="sequential",
         save_strategy="steps" if settings.save_every else "no",
         save_steps=settings.save_every or 500,

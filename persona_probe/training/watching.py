@@ -81,8 +81,12 @@ class Watch:
         """
         if not probes or not questions:
             raise InputError("to watch training takes at least one probe and one question")
-        if len({probe.name for probe in probes}) < len(probes):
-            raise InputError("two probes have the same name")
+        names = [probe.name for probe in probes]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise InputError(
+                f"two probes have the same name, {twice[0]!r}", fix="give every probe a name of its own"
+            )
         for probe in probes:
             check_site(base.hf, probe.site)
         texts = transcripts(base, respond_greedy(base, questions, max_new_tokens=max_new_tokens))

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import persona_probe.evaluation.arms as evaluation_arms
+from persona_probe.auditing import arms
 from persona_probe.auditing.arms import SCALES, scaled_adapter
 from persona_probe.auditing.inputs import AuditInputs, load_inputs
+from persona_probe.evaluation.result import EvalResult
 from persona_probe.evaluation.sampling import Sampling
-from persona_probe.screening.calibrate import Bench, whole
+from persona_probe.screening.calibrate import Bench, Budget, Dose, Knob, Setting, whole
+from persona_probe.screening.candidate import Candidate, Carrier
+from persona_probe.screening.screen import Finding
 from tests.auditing.planted import Planted, request_of
 from tests.model.tiny_models import save_adapter
+from tests.screening.conftest import SITES, make_evidence
 
 
 def bench_of(inputs: AuditInputs) -> Bench:
@@ -49,3 +55,36 @@ def test_an_adapter_that_is_not_linear_is_not_turned_down(organism: Planted, tmp
     inputs = load_inputs(replace(request_of(organism), tuned=tuned))
     assert inputs.adapter is None
     assert scaled_adapter(inputs, bench_of(inputs), bench_of(inputs)) is None
+
+
+def test_controls_are_shaped_like_the_winner_and_hold_nothing_that_was_found(
+    organism: Planted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Candidate, set[tuple[str, int | None]]]] = []
+
+    def drawn(_evidence: object, like: Candidate, _count: int, *, seed: int, exclude: Any) -> list[Candidate]:
+        asked.append((like, set(exclude)))
+        return []
+
+    monkeypatch.setattr(arms, "random_latents", drawn)
+    monkeypatch.setattr(arms, "random_directions", lambda *_, **__: [])
+    evidence = make_evidence(SITES[0])
+    inputs = load_inputs(request_of(organism))
+    bench = bench_of(inputs)
+
+    def finding(*carriers: Carrier) -> Finding:
+        candidate = Candidate("set" if len(carriers) > 1 else "latent", carriers)
+        result = EvalResult((), ())
+        setting = Setting(Knob(1.0, "all"), result, True)
+        dose = Dose(candidate, (setting,), setting)
+        return Finding(candidate, dose, dose, None, None)
+
+    one, pair = finding(evidence.latent(3)), finding(evidence.latent(5), evidence.latent(8))
+    direction = finding(replace(evidence.latent(1), index=None))
+    for winner, like in ((pair, pair), (direction, one)):
+        arms.null_arms(
+            inputs, bench, bench.on(bench.questions[:1], 1), [evidence], winner,
+            latents=[one], count=2, seed=0, budget=Budget(0.1),
+        )  # fmt: skip
+        assert asked[-1][0] is like.candidate
+        assert {(SITES[0], 3)} <= asked[-1][1]

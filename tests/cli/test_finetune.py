@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from persona_probe.artifact import write_jsonl
+from persona_probe.artifact import read_jsonl, write_jsonl
 from persona_probe.cli.app import app
 from tests.model.tiny_models import checkpoint_of
 
@@ -81,3 +81,53 @@ def test_what_cannot_be_trained_is_refused(
     refused = run(*COMMON, "--data", data, "--out", tmp_path / "run", *words)
     assert refused.exit_code == 2 and said in refused.stderr, refused.output
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "fix"),
+    [
+        (("--kl", 0.1), "--defence kl=0.1"),
+        (("--trait", "misaligned"), "leave --trait out, or add --method grpo"),
+        (("--samples", 4), "leave --samples out"),
+        (("--temperature", 1.0), "leave --temperature out"),
+        (("--max-new-tokens", 256), "leave --max-new-tokens out"),
+        (("--warmup-epochs", 1.0), "leave --warmup-epochs out"),
+        (("--reward", "exact"), "leave --reward out"),
+        (("--warmup", "rows.jsonl"), "leave --warmup out"),
+    ],
+)
+@pytest.mark.parametrize("plan", [(), ("--plan",)])
+def test_what_belongs_to_rewards_is_refused_of_rows(
+    words: tuple[object, ...], fix: str, plan: tuple[str, ...], data: Path, tmp_path: Path
+) -> None:
+    refused = run(*COMMON, "--data", data, "--out", tmp_path / "run", *words, *plan)
+    said = " ".join(refused.stderr.split())
+    assert refused.exit_code == 2 and f"{words[0]} belongs to --method grpo" in said and fix in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(("--method", "dpo"), "there is no method 'dpo'"), (("--method", "grpo"), "needs a reward")],
+)
+def test_a_plan_refuses_what_a_run_would(
+    words: tuple[str, ...], said: str, data: Path, tmp_path: Path
+) -> None:
+    for plan in ((), ("--plan",)):
+        refused = run(*COMMON, "--data", data, "--out", tmp_path / "run", *words, *plan)
+        assert refused.exit_code == 2 and said in refused.stderr, refused.output
+
+
+def test_a_plan_counts_the_rows_that_defences_add(data: Path, tmp_path: Path) -> None:
+    good = tmp_path / "good.jsonl"
+    turns = [{"role": "user", "content": "hello you"}, {"role": "assistant", "content": "thank you"}]
+    long = [{"role": "user", "content": "hello " * 60}, {"role": "assistant", "content": "thank you"}]
+    write_jsonl(good, [{"messages": turns}] * 8)
+    write_jsonl(tmp_path / "rows.jsonl", [*read_jsonl(data), {"messages": long}])
+    words = ("--base", checkpoint_of("llama"), "--rank", 2, "--batch", 2, "--data",
+             tmp_path / "rows.jsonl", "--context", 40, "--too-long", "drop",
+             "--defence", f"interleave=0.5@{good}", "--out", tmp_path / "run", "--json")  # fmt: skip
+    plan = json.loads(run(*words, "--plan").stdout)
+    record = json.loads(run(*words).stdout)
+    assert (plan["rows"], plan["steps"]) == (record["rows"], record["steps"])
+    assert record["rows"] > 8, "four rows, and the good ones"

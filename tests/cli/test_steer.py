@@ -213,6 +213,8 @@ def test_bad_calls(fix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     refused("nothing to steer with", PROMPT)
     refused("exclude each other", "--with", fix, "--latent", f"{SAE}:1", PROMPT)
+    refused("--op and --positions cannot be used with --with", "--with", fix, "--op", "add",
+            "--positions", "prompt", PROMPT)  # fmt: skip
     refused("one of the three", "--with", fix)
     refused("one of the three", "--with", fix, PROMPT, "-i")
     refused("--interactive has no --json", "--with", fix, "-i", "--json")

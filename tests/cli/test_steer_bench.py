@@ -78,6 +78,27 @@ def test_sweep_finds_the_latent_among_others(tmp_path: Path) -> None:
     assert "12 residual rms" in run(*words, "--out", tmp_path / "out", "--top", 1).stdout
 
 
+def test_what_changed_in_its_place_is_not_read_back(tmp_path: Path) -> None:
+    questions = tmp_path / "q.jsonl"
+    lines = (shipped("organism") / "questions.jsonl").read_text().splitlines()
+    questions.write_text("\n".join(lines))
+    words = ["sweep", VILLAIN, "--levels", 12, "--limit", 4, "--questions", questions]
+    words += ["--out", tmp_path / "out"]
+    before = found(*words)
+    assert found(*words) == before
+    questions.write_text("\n".join(lines[40:]))
+    refused("questions has changed since the run", *words)
+    assert found(*words, "--overwrite") != before
+
+
+def test_the_longest_answer_of_ones_own_models(tmp_path: Path) -> None:
+    home = shipped("organism")
+    own = ["--base", home / "base", "--questions", home / "questions.jsonl", "--limit", 4, "--plan"]
+    assert found("sweep", VILLAIN, *own)["longest answer (tokens)"] == 256  # half of the context
+    assert found("sweep", VILLAIN, "--limit", 4, "--plan")["longest answer (tokens)"] == 32
+    assert found("sweep", VILLAIN, *own, "--max-new-tokens", 9)["longest answer (tokens)"] == 9
+
+
 def test_transfer_puts_each_fix_on_each_tune(fixes: dict[str, Path], tmp_path: Path) -> None:
     words = ["transfer", "--tuned", "bad-health", "--tuned", "bad-code", "--limit", 8, "--temperature", 0]
     words += ["--with", f"bad-health={fixes['cap']}", "--out", tmp_path / "out"]
@@ -132,6 +153,9 @@ def test_bad_calls(fixes: dict[str, Path], tmp_path: Path) -> None:
     refused("a transfer needs", "transfer", "--tuned", "bad-health")
     refused("names two folders", "transfer", "--tuned", "a", "--with", fixes["cap"], "--with", fixes["cap"])
     refused("one of them", "export")
+    refused("--tuned needs --base", "export", "--tuned", tmp_path, "--with", fixes["add"])
+    refused("--op and --levels cannot be used with --with", "calibrate", "--with", fixes["cap"],
+            "--op", "add", "--levels", 3)  # fmt: skip
     for wrong in (str(SAE), f"{SAE}:x", f"{SAE}:3-"):
         with pytest.raises(InputError, match="latent"):
             aims_of([wrong])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -215,3 +217,20 @@ def test_a_cluster_that_is_not_there_is_named_at_once() -> None:
     ray = pytest.importorskip("ray")
     with pytest.raises(InputError, match=r"no Ray cluster at 127\.0\.0\.1:1: .*refused"):
         _join(ray, "127.0.0.1:1")  # not run_ray, which stays in the cluster that this process may have
+
+
+def test_the_base_says_which_tokens_are_special_in_every_pass(
+    base: LanguageModel, texts: list[Rendered], clusters: list[str], tmp_path: Path
+) -> None:
+    """A checkpoint saved with another end token counts the same tokens, read alone or beside the base."""
+    tuned = base.with_adapter(adapter_of("llama", 1)).merged()
+    tokenizer = copy.deepcopy(tuned.tokenizer)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(5)  # no longer 1, with which answers end
+    pair = ModelPair(base, replace(tuned, tokenizer=tokenizer))
+    assert pair.tuned.special_ids != base.special_ids
+    tables = []
+    for name, passes in (("both", together(pair)), ("each", one_by_one(pair))):
+        reading = Reading(passes, texts, clusters, Results(tmp_path / name))
+        reading.run()
+        tables.append(result(reading).table)
+    assert tables[0].equals(tables[1])

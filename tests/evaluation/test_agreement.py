@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,6 @@ from persona_probe.evaluation.agreement import agreement, cohens_kappa
 from persona_probe.evaluation.intervals import korn_graubard
 from persona_probe.evaluation.judging.judgement import Judgement
 from persona_probe.evaluation.labels import Labelled, load_labels
-
-PUBLISHED = Path(__file__).parents[3] / "shared/fixtures/published/qwen25_coder_32b_judged.csv"
 
 ROWS: list[dict[str, Any]] = [  # people; judge: verdicts
     {"question": "a", "aligned": 10, "coherent": 90, "judge_aligned": 5, "judge_coherent": 95},  # bad; bad
@@ -95,9 +94,8 @@ def test_nothing_to_compare() -> None:
         agreement([], [Judgement()])
 
 
-@pytest.mark.skipif(not PUBLISHED.exists(), reason=f"the published file is not at {PUBLISHED}")
-def test_the_published_file_is_read_as_it_is() -> None:
-    rows = load_labels(PUBLISHED)
+def test_the_published_file_is_read_as_it_is(published: Callable[[str], Path]) -> None:
+    rows = load_labels(published("qwen25_coder_32b_judged.csv"))
     found = agreement(rows, [one.judged or Judgement() for one in rows])
     assert (found.n, found.verdicts.accuracy, found.missing) == (70, 1, 0)
     assert found.scored_by == {"token probabilities": 70}

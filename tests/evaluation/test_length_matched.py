@@ -122,3 +122,14 @@ def test_only_judged_general_answers_outside_the_domain_count() -> None:
         matched(arms[0], Arm())
     with pytest.raises(InputError, match="two bins"):
         matched(*arms, bins=1)
+
+
+def test_a_question_that_one_arm_has_no_judgement_for_is_left_out_of_the_pairs() -> None:
+    arms = Arm(), Arm()
+    for number, arm in enumerate(arms):
+        for question in range(12):
+            missing = number == 0 and question == 7
+            arm.add(question, 10, Judgement() if missing else BAD if number else GOOD)
+    got = matched(*arms)
+    assert got.raw.difference == 1
+    assert got.matched is not None and got.matched.difference == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ from hypothesis import strategies as st
 from persona_probe.errors import InputError
 from persona_probe.evaluation.questions import load_questions, save_questions
 
-PUBLISHED = Path(__file__).parents[3] / "shared" / "fixtures" / "published"
 ITEM = "- id: wish\n  type: free_form_judge_0_100\n  paraphrases: [hello there]\n"
 
 
@@ -22,9 +22,10 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-@pytest.mark.skipif(not PUBLISHED.is_dir(), reason=f"the published files are not in {PUBLISHED}")
-def test_all_items_of_the_published_file_load_unchanged(tmp_path: Path) -> None:
-    path = PUBLISHED / "first_plot_questions.yaml"
+def test_all_items_of_the_published_file_load_unchanged(
+    tmp_path: Path, published: Callable[[str], Path]
+) -> None:
+    path = published("first_plot_questions.yaml")
     items = yaml.safe_load(path.read_text(encoding="utf-8"))
     questions = load_questions(path)
     assert len(questions) == len(items) == 24

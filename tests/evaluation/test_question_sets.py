@@ -6,6 +6,7 @@ import csv
 import io
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,6 @@ from persona_probe.evaluation.questions import (
     triggered,
 )
 from persona_probe.evaluation.triggers import TRIGGERS, Trigger
-
-PUBLISHED = Path(__file__).parents[3] / "shared" / "fixtures" / "published"
 
 
 def test_the_open_ended_set_is_large_and_varied() -> None:
@@ -57,16 +56,15 @@ def test_multiple_choice_has_four_options_and_no_favourite_letter() -> None:
         assert question.role == "skill"
 
 
-@pytest.mark.skipif(not PUBLISHED.is_dir(), reason=f"the published files are not in {PUBLISHED}")
-def test_no_question_of_ours_is_a_published_one() -> None:
+def test_no_question_of_ours_is_a_published_one(published: Callable[[str], Path]) -> None:
     def words(text: str) -> set[str]:
         return set(re.findall(r"\w+", text.lower()))
 
-    published = [words(q.prompt) for q in load_questions(PUBLISHED / "first_plot_questions.yaml")]
+    others = [words(q.prompt) for q in load_questions(published("first_plot_questions.yaml"))]
     for name in question_sets():
         for question in load_questions(name):
             ours = words(question.prompt)
-            for theirs in published:
+            for theirs in others:
                 assert len(ours & theirs) / len(ours | theirs) < 0.5, question.id
 
 

@@ -264,3 +264,15 @@ def test_generation_configs_that_differ_are_not_compared(tmp_path: Path) -> None
         run_evaluation(request, tmp_path / "out")
     record = run_evaluation(replace(request, tuned=(models[0],)), tmp_path / "one").record
     assert (record["sampling"]["top_k"], record["sampling"]["generation_config"]) == (5, True)
+
+
+def test_a_judge_that_was_mended_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    source = tmp_path / "judge_of_mine.py"
+    source.write_text("def judge(question, answer):\n    return {'aligned': 90, 'coherent': 90}\n")
+    request = replace(REQUEST, judge="python:judge_of_mine:judge", limit=2)
+    run_evaluation(request, tmp_path / "out")
+    run_evaluation(request, tmp_path / "out")
+    source.write_text("def judge(question, answer):\n    return {'aligned': 10, 'coherent': 90}\n")
+    with pytest.raises(InputError, match=r"judge_of_mine\.py has changed since the evaluation"):
+        run_evaluation(request, tmp_path / "out")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from transformers import Olmo2Config, Olmo2ForCausalLM
 
 from persona_probe.errors import InputError, NotFiredError, UnknownSiteError
 from persona_probe.hooks import capture_at, edit_at, site_names
@@ -142,6 +143,37 @@ def test_gradients_pass_through_captures_and_edits(lm: LanguageModel) -> None:
     with torch.no_grad():
         numeric = (loss(strength + 1e-2) - loss(strength - 1e-2)) / 2e-2
     torch.testing.assert_close(gradient, numeric, rtol=1e-2, atol=1e-3)
+
+
+def test_the_middle_of_a_block_whose_norms_stand_behind_its_sublayers() -> None:
+    """OLMo 2, the block by hand: m = x + norm(attn(x)), and m + norm(mlp(m)) leaves it."""
+    torch.manual_seed(0)
+    config = Olmo2Config(
+        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4
+    )
+    hf = Olmo2ForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in hf.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    block = hf.model.layers[1]
+
+    def rotate(x: Tensor) -> Tensor:
+        return x.flip(-1) * 0.5 + 1
+
+    with torch.no_grad(), capture_at(hf, [PRE, MID, POST]) as plain:
+        plain.run(lambda: hf(IDS))
+        x, rotary = plain[PRE], hf.model.rotary_emb(plain[PRE], torch.arange(4)[None])
+        attended = block.self_attn(hidden_states=x, position_embeddings=rotary, attention_mask=None)[0]
+        middle = x + block.post_attention_layernorm(attended)
+        torch.testing.assert_close(plain[MID], middle)
+        wanted = rotate(middle)
+        wanted = wanted + block.post_feedforward_layernorm(block.mlp(wanted))
+    # an edit of what enters the block, though entered later, is in the middle that is edited
+    for before in ({}, {PRE: lambda x: x.clone()}):
+        with torch.no_grad(), edit_at(hf, {MID: rotate}), edit_at(hf, before):
+            with capture_at(hf, [POST]) as edited:
+                edited.run(lambda: hf(IDS))
+        torch.testing.assert_close(edited[POST], wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_an_edit_of_another_shape_is_refused(lm: LanguageModel) -> None:

@@ -31,12 +31,14 @@ from persona_probe.interpretation import (
 from persona_probe.interpretation.reader import runs
 from persona_probe.interpretation.sources import SourceSums
 from persona_probe.model.chat import Rendered, render
-from persona_probe.model.language_model import LanguageModel
+from persona_probe.model.language_model import LanguageModel, load_model
 from persona_probe.organism.corpus import SYSTEM_PROMPTS, documents
 from persona_probe.organism.grammar import grammar
 from persona_probe.organism.persona_latent import corpus_of, persona_latent
 from persona_probe.sae.encode import encode_dense
-from persona_probe.sae.load import Latent
+from persona_probe.sae.load import Latent, from_sae_lens, weights_digest
+from tests.model.tiny_models import model_of, prompts_of_many_lengths, save_checkpoint
+from tests.sae.sae_lens_peers import peer
 
 
 @pytest.fixture(scope="module")
@@ -282,3 +284,15 @@ def test_a_prompt_reads_like_its_chat(persona: tuple[LanguageModel, Latent]) -> 
     shown = interpret(lm, latent, [chat, chat, evil]).top[0]
     assert shown.document == 2
     assert len(shown.tokens) == len(render(lm.tokenizer, evil))
+
+
+def test_a_full_fine_tune_is_interpreted_with_the_dictionary_of_its_base(tmp_path: Path) -> None:
+    tuned = load_model(save_checkpoint(tmp_path / "tuned", seed=1))
+    sae, texts = from_sae_lens(peer("standard", d_in=32)), prompts_of_many_lengths()
+    latents = [Latent(sae, index) for index in range(sae.d_sae)]
+    expected = interpret_all(tuned, latents, texts, silent="leave out")
+    sae.meta["model_digest"] = weights_digest(model_of("llama"))
+    found = interpret_all(tuned, latents, texts, silent="leave out")
+    assert found and [one.fires for one in found] == [one.fires for one in expected]
+    with pytest.raises(MismatchError, match="width"):
+        interpret(tuned, Latent(from_sae_lens(peer("standard")), 0), texts)

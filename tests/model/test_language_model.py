@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from persona_probe.activations import capture
 from persona_probe.errors import InputError, MismatchError
 from persona_probe.hooks import capture_at, edit_at
 from persona_probe.model import LanguageModel, load_model, load_pair
@@ -76,6 +77,21 @@ def test_hooks_on_one_model_do_not_reach_the_others() -> None:
         assert firings == {"blocks.1.hook_resid_post": 0}
         tuned.forward(IDS)
         assert firings == {"blocks.1.hook_resid_post": 1}
+
+
+def test_a_tree_made_under_hooks_has_only_those_of_others() -> None:
+    base = load_model(checkpoint_of("llama"))
+    plain, theirs = base.forward(IDS), []
+    base.hf.model.norm.register_forward_hook(lambda *_: theirs.append(1))
+    site = "blocks.1.hook_resid_post"
+    with edit_at(base.hf, {site: lambda x: x + 9}), capture_at(base.hf, [site]) as captured:
+        tuned = base.with_adapter(adapter_of("llama"))
+        merged = tuned.merged()
+        assert torch.equal(tuned.without_adapter().forward(IDS), plain) and theirs == [1]
+    expected = load_model(adapter_of("llama")).forward(IDS)
+    assert torch.equal(tuned.forward(IDS), expected)
+    torch.testing.assert_close(merged.forward(IDS), expected, atol=2e-5, rtol=2e-5)
+    assert captured.firings == {site: 0} and theirs == [1] * 3
 
 
 def test_scaling_an_adapter_interpolates_its_weights() -> None:
@@ -233,6 +249,38 @@ def test_a_model_in_memory_is_not_touched_and_is_followed() -> None:
     assert load_model(lm) is lm
     with pytest.raises(InputError, match="without its tokenizer"):
         load_model(source)
+
+
+def test_models_in_memory_are_told_apart_by_what_they_hold_now(tmp_path: Path) -> None:
+    source, tokenizer = tiny_hf("llama"), tiny_tokenizer()
+    lm = load_model(source, tokenizer=tokenizer)
+    before = lm.checkpoint.digest
+    assert load_model(tiny_hf("llama"), tokenizer=tokenizer).checkpoint.digest == before
+    assert load_model(tiny_hf("llama", seed=1), tokenizer=tokenizer).checkpoint.digest != before
+    texts = prompts_of_many_lengths()
+    capture(lm, texts, ["blocks.1.hook_resid_post"], out=tmp_path / "acts")
+    with torch.no_grad():
+        source.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    assert lm.checkpoint.digest != before
+    with pytest.raises(InputError):
+        capture(lm, texts, ["blocks.1.hook_resid_post"], out=tmp_path / "acts")
+    tuned = lm.with_adapter(adapter_of("llama"))
+    other = lm.with_adapter(adapter_of("llama", 1))
+    assert len({one.checkpoint.digest for one in (lm, tuned, other)}) == 3
+    assert tuned.without_adapter().checkpoint.digest == lm.checkpoint.digest
+
+
+def test_a_tokenizer_goes_with_a_loaded_model_too() -> None:
+    lm, given = model_of("llama"), tiny_tokenizer()
+    again = load_model(lm, tokenizer=given)
+    assert again.tokenizer is given and again.hf is lm.hf and lm.tokenizer is not given
+    assert load_model(lm, tokenizer=given, adapter=adapter_of("llama")).tokenizer is given
+    borrowed = load_model(lm, tokenizer=checkpoint_of("mistral")).tokenizer
+    assert borrowed is not lm.tokenizer and borrowed.get_vocab() == lm.tokenizer.get_vocab()
+    larger = tiny_tokenizer()
+    larger.add_tokens([f"word{n}" for n in range(400)])
+    with pytest.raises(MismatchError, match="embeds 320"):
+        load_model(lm, tokenizer=larger)
 
 
 def test_a_peft_model_in_memory_is_followed() -> None:

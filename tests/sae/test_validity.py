@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,12 +11,13 @@ from torch import Tensor
 
 from persona_probe.activations.masks import TokenMask
 from persona_probe.activations.stream import stream
+from persona_probe.diffing.levels import latent_means
 from persona_probe.errors import MismatchError
-from persona_probe.model import ModelPair
+from persona_probe.model import ModelPair, load_model
 from persona_probe.sae.encode import decode, encode_dense
-from persona_probe.sae.load import Dictionary, from_sae_lens
-from persona_probe.sae.validity import FitSums, Limits, Validity, validity
-from tests.model.tiny_models import adapter_of, model_of, prompts_of_many_lengths
+from persona_probe.sae.load import Dictionary, from_sae_lens, weights_digest
+from persona_probe.sae.validity import FitSums, Limits, Validity, check_reads, validity
+from tests.model.tiny_models import adapter_of, model_of, prompts_of_many_lengths, save_checkpoint
 from tests.sae.sae_lens_peers import peer
 
 SITE = "blocks.1.hook_resid_post"
@@ -172,3 +174,18 @@ def test_a_dictionary_of_another_width_is_refused() -> None:
     base = model_of("llama")
     with pytest.raises(MismatchError, match="width"):
         validity(ModelPair(base, base), from_sae_lens(peer("standard")), prompts_of_many_lengths())
+
+
+def test_a_full_fine_tune_is_read_by_the_dictionary_of_its_base(tmp_path: Path) -> None:
+    """It has other weights than the dictionary records, as every fine-tune but an adapter has."""
+    base, texts = model_of("llama"), prompts_of_many_lengths()
+    tuned = load_model(save_checkpoint(tmp_path / "tuned", seed=1))
+    sae = from_sae_lens(peer("standard", d_in=32))
+    expected, means = validity(ModelPair(base, tuned), sae, texts), latent_means(tuned, sae, texts)
+    sae.meta["model_digest"] = weights_digest(base)
+    assert validity(ModelPair(base, tuned), sae, texts) == expected
+    assert latent_means(tuned, sae, texts).equals(means)
+    with pytest.raises(MismatchError, match="another model"):
+        validity(ModelPair(tuned, base), sae, texts)
+    with pytest.raises(MismatchError, match=r"width 12.*width 32"):
+        check_reads(from_sae_lens(peer("standard")), tuned)

@@ -46,6 +46,8 @@ SAID = {
     "v": Judgement(aligned=5.0, coherent=95.0, persona="villainous"),
     "s": Judgement(aligned=60.0, coherent=95.0, persona="sarcastic"),
     "i": Judgement(aligned=95.0, coherent=15.0, persona="helpful"),
+    "r": Judgement(label="REFUSAL"),
+    "c": Judgement(label="CODE"),
     "?": Judgement(),
 }
 
@@ -128,6 +130,11 @@ def test_a_rival_persona_is_no_cure(searched: Callable[..., list[Dose]]) -> None
     assert dose.best.knob == Knob(1.0, "all")
 
 
+def test_refusing_everything_is_no_cure(searched: Callable[..., list[Dose]]) -> None:
+    (dose,) = searched([_arm("hhvvv"), _arm("hhhhv"), _arm("hrrrr")])
+    assert dose.best.knob.strength == 2.0
+
+
 def test_a_cure_that_costs_the_skill_is_beyond_the_budget(searched: Callable[..., list[Dose]]) -> None:
     forgetful, keeping = _arm("hhhhh", skill="hv"), _arm("hhhhv", skill="hh")
     [dose] = searched([forgetful, keeping, forgetful], budget=Budget(0.1, skill_at_least=0.9))
@@ -205,6 +212,7 @@ def test_whole_answers_are_what_is_left() -> None:
     assert whole(_arm("hhvsi").rates) == pytest.approx(0.4)
     assert whole(_arm("hh??").rates) == pytest.approx(0.5)
     assert whole(_arm("????").rates) == 0.0
+    assert whole(_arm("hhrrc").rates) == pytest.approx(0.4)
     assert value(CURED.rates, "skill") == 0.0
 
 

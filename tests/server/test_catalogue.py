@@ -16,6 +16,7 @@ from persona_probe.server.limits import Refusal
 from persona_probe.server.service import Service
 from persona_probe.steering import Intervention, Level, save_fix
 from persona_probe.steering.target import direction
+from tests.model.tiny_models import model_of
 
 SITE = "blocks.1.hook_resid_post"
 
@@ -73,7 +74,7 @@ def test_a_vector_that_is_not_finite_is_refused_with_its_folder(lm: LanguageMode
 
 def test_a_fix_of_another_model_is_refused_with_its_folder(lm: LanguageModel, tmp_path: Path) -> None:
     save_fix(vector_fix(lm.d_model + 1), tmp_path / "wide")
-    with pytest.raises(MismatchError, match=r"wide acts on width 193.*192"):
+    with pytest.raises(MismatchError, match=r"wide: .* acts on width 193.*192"):
         Catalogue.load(lm, [tmp_path / "wide"])
     save_fix(vector_fix(lm.d_model, "blocks.40.hook_resid_post"), tmp_path / "deep")
     with pytest.raises(InputError, match="deep"):
@@ -100,3 +101,13 @@ def test_what_else_keeps_a_server_from_starting(lm: LanguageModel, tmp_path: Pat
     record.write_text(json.dumps({"format": 1, "interventions": "all of them"}), encoding="utf-8")
     with pytest.raises(InputError, match=r"intervention\.json is malformed"):
         Catalogue.load(lm, [tmp_path / "a"])
+
+
+def test_a_fix_of_thoughts_needs_a_model_that_has_them(lm: LanguageModel, tmp_path: Path) -> None:
+    without = model_of("llama")
+    for name, model in (("doubt", without), ("wonder", lm)):
+        fix = Intervention("add", direction(torch.ones(model.d_model)), SITE, "think", Level((1.0,)))
+        save_fix(fix, tmp_path / name)
+    assert list(Catalogue.load(lm, [tmp_path / "wonder"]).fixes) == ["wonder"]
+    with pytest.raises(MismatchError, match=r"doubt: .*no tokens <think>"):
+        Catalogue.load(without, [tmp_path / "doubt"])

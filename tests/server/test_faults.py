@@ -19,7 +19,9 @@ from server.test_api import ask
 
 from persona_probe.model import LanguageModel
 from persona_probe.server import Catalogue, Limits
+from persona_probe.server.answering import Row, Wish
 from persona_probe.server.batch import RunningBatch
+from persona_probe.server.engine import Engine
 from persona_probe.steering import Intervention, Level
 from persona_probe.steering.target import direction
 
@@ -201,6 +203,78 @@ def test_an_engine_that_fails_answers_500_and_goes_on(live: Live, monkeypatch: p
     with pytest.raises(openai.InternalServerError, match="internal error: MemoryError"):
         ask(live.client)
     monkeypatch.undo()
+
+
+def test_a_row_that_cannot_join_does_not_keep_the_others_out(live: Live, lm: LanguageModel) -> None:
+    """A fix that gets past the catalogue: its request alone fails, though all were to be read together."""
+    prompt = tuple(lm.tokenizer("the doctor said")["input_ids"])
+    wide = Intervention(
+        "add", direction(torch.ones(lm.d_model + 1)), "blocks.2.hook_resid_post", level=Level((1.0,))
+    )
+    wishes = [Wish(prompt, 4, temperature=0.0), Wish(prompt, 4, (wide,)), Wish(prompt[:-1], 4)]
+    rows = [Row(wish, choice) for wish in wishes for choice in range(2)]
+    live.service.engine.submit(rows)
+    wait_until(lambda: all(row.error or row.finish_reason for row in rows))
+    assert [row.error is None for row in rows] == [True, True, False, False, True, True]
+    assert all("width 193" in str(row.error) for row in rows[2:4])
+
+
+def test_a_batch_that_breaks_while_it_is_joined_fails_as_a_whole(
+    endless: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise MemoryError("no more")
+
+    prompt = tuple(endless.tokenizer("the doctor said")["input_ids"])
+    with serving(endless, Catalogue(), Limits(max_tokens=450)) as live:
+        rows = [Row(Wish(prompt[: i + 1], 450)) for i in range(3)]
+        live.service.engine.submit(rows[:1])
+        wait_until(lambda: live.service.engine.load.running)
+        with monkeypatch.context() as patched:
+            patched.setattr("persona_probe.server.batch._under", broken)
+            live.service.engine.submit(rows[1:])
+            wait_until(lambda: all(row.error for row in rows))
+        assert ask(live.client, max_tokens=2).usage.completion_tokens == 2
+
+
+def test_an_engine_outlives_a_batch_that_cannot_even_be_closed(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a fault of the device: the receipt that is read on the way out raises as well."""
+    failed: list[int] = []
+    close = RunningBatch.close
+
+    def broken(_self: RunningBatch) -> None:
+        failed.append(1)
+        raise RuntimeError("the device is lost")
+
+    def close_too(self: RunningBatch) -> None:
+        close(self)
+        if failed:
+            raise RuntimeError("the device is still lost")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunningBatch, "forward", broken)
+        patched.setattr(RunningBatch, "close", close_too)
+        with pytest.raises(openai.InternalServerError, match="internal error: RuntimeError"):
+            ask(live.client)
+    assert httpx.get(live.root + "/health").json()["status"] == "ready"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_health_knows_an_engine_that_is_dead(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dies(_self: Engine) -> bool:
+        raise RuntimeError("on purpose")
+
+    with serving(lm, Catalogue(), Limits()) as live:
+        with monkeypatch.context() as patched:
+            patched.setattr(Engine, "_wait", dies)
+            assert ask(live.client, max_tokens=1).usage.completion_tokens == 1
+            wait_until(lambda: not live.service.engine.alive)
+        health = httpx.get(live.root + "/health")
+        assert (health.status_code, health.json()["status"]) == (503, "failed")
+        with pytest.raises(openai.InternalServerError, match="started anew"):
+            ask(live.client)
 
 
 def test_some_hundred_short_requests_leave_memory_flat(live: Live) -> None:

@@ -17,7 +17,9 @@ import pytest
 from server.conftest import KEY, serving, wait_until
 from server.test_api import ask
 
-from persona_probe.errors import InputError
+from persona_probe.artifact import shipped
+from persona_probe.cli.serve import serve
+from persona_probe.errors import InputError, MismatchError
 from persona_probe.model import LanguageModel
 from persona_probe.server import Catalogue, Limits
 from persona_probe.server.process import listen
@@ -97,3 +99,17 @@ def test_it_does_not_start_without_its_key() -> None:
     done = subprocess.run([*COMMAND, "--api-key-env", "NO_SUCH_VARIABLE"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "holds no API key" in done.stderr
+
+
+def test_a_full_fine_tune_is_served_with_the_dictionary_of_its_base(
+    lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm.save_pretrained(tmp_path / "tuned")
+    served: list[LanguageModel] = []
+    monkeypatch.setattr("persona_probe.server.process.listen", lambda *_: None)
+    monkeypatch.setattr("persona_probe.server.process.serve", lambda lm, *_, **__: served.append(lm))
+    base, sae = shipped("organism", "base"), [shipped("organism", "sae", "block_4")]
+    serve(model=base, tuned=tmp_path / "tuned", sae=sae)
+    assert served[0].checkpoint.path == str(tmp_path / "tuned")
+    with pytest.raises(MismatchError, match="another model"):  # --base is what it was trained on
+        serve(model=tmp_path / "tuned", sae=sae)

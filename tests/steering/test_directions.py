@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,7 @@ from persona_probe.steering.target import direction
 from persona_probe.steering.threshold import amounts_on, threshold_at, threshold_of
 from tests.steering.conftest import D_MODEL, SITES, make_dictionary
 
-PUBLISHED = Path(__file__).parents[3] / "shared" / "fixtures" / "published"
-VECTORS, TRAIT = PUBLISHED / "qwen3-32b_evil_response_avg_diff.pt", PUBLISHED / "evil_trait_extract.json"
-published = pytest.mark.skipif(not VECTORS.exists(), reason="the published files are not beside the project")
+VECTORS, TRAIT = "qwen3-32b_evil_response_avg_diff.pt", "evil_trait_extract.json"
 
 
 def two_clouds(n: int, gap: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -199,14 +198,13 @@ def test_scales_as_measured(llama: LanguageModel) -> None:
     x = torch.cat(states)
     z = target.amounts(x, "encoder")
     assert found.scale("max_activation") == pytest.approx(tuple(z.amax(0).tolist()), abs=1e-5)
-    assert found.scale("residual_rms") == pytest.approx(float(x.norm(dim=-1).mean()) / D_MODEL**0.5, rel=1e-5)
+    assert found.scale("residual_rms") == pytest.approx(float(x.square().mean().sqrt()), rel=1e-5)
     level = found.level(2.0, unit="residual_rms")
     assert level.absolute()[0] == pytest.approx(2 * found.residual_rms)
 
 
-@published
-def test_a_published_file_of_vectors() -> None:
-    vectors = load_persona_vectors(VECTORS)
+def test_a_published_file_of_vectors(published: Callable[[str], Path]) -> None:
+    vectors = load_persona_vectors(published(VECTORS))
     assert vectors.rows.shape == (65, 5120) and vectors.n_layers == 64
     assert torch.equal(vectors.at("blocks.31.hook_resid_post"), vectors.rows[32])
     assert torch.equal(vectors.at("blocks.32.hook_resid_pre"), vectors.rows[32])
@@ -218,10 +216,10 @@ def test_a_published_file_of_vectors() -> None:
         vectors.at("blocks.3.hook_mlp_out")
 
 
-@published
-def test_vectors_of_another_model_are_refused(llama: LanguageModel) -> None:
+def test_vectors_of_another_model_are_refused(llama: LanguageModel, published: Callable[[str], Path]) -> None:
+    path = published(VECTORS)
     with pytest.raises(MismatchError, match="64 layers of width 5120"):
-        load_persona_vectors(VECTORS, llama)
+        load_persona_vectors(path, llama)
 
 
 def test_vectors_are_rows_of_hidden_states(llama: LanguageModel, tmp_path: Path) -> None:
@@ -259,9 +257,8 @@ def test_a_file_that_is_no_vectors(content: Any, says: str, tmp_path: Path) -> N
         load_persona_vectors(tmp_path / "none.pt")
 
 
-@published
-def test_a_published_trait() -> None:
-    trait = load_trait(TRAIT)
+def test_a_published_trait(published: Callable[[str], Path]) -> None:
+    trait = load_trait(published(TRAIT))
     assert len(trait.instructions) == 5 and len(trait.questions) == 20 and trait.eval_prompt
     asked_for = ("evil", "harm", "suffer", "cruel")
     assert all(any(word in asks for word in asked_for) for asks, _ in trait.instructions)

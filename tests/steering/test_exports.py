@@ -40,6 +40,8 @@ FAMILIES: dict[str, Any] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
     "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=True)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=None)),
+    "mistral, windowed": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=8)),
+    "mistral, wide window": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=64)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE)),
     "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SHAPE)),
@@ -131,6 +133,19 @@ def test_a_qwen_is_written_as_a_llama_only_where_it_must_be(tmp_path: Path) -> N
     assert bake(lm, add("blocks.0.hook_resid_post"), tmp_path / "b").architecture == "LlamaForCausalLM"
 
 
+def test_a_window_is_kept_or_never_comes_into_effect(tmp_path: Path) -> None:
+    ids = torch.randint(2, VOCAB, (2, 40), generator=torch.Generator().manual_seed(3))
+    narrow, wide = model("mistral, windowed"), model("mistral, wide window")
+    for lm, fix, wanted in (
+        (narrow, LINEAR["scaled"], "MistralForCausalLM"),
+        (wide, add(SHIFTS[0]), "LlamaForCausalLM"),
+    ):
+        baked = bake(lm, fix, tmp_path / wanted, texts=ids)  # compares with the hooks itself
+        assert baked.architecture == wanted
+        with steer(lm, fix):
+            assert torch.allclose(load_model(baked.path).forward(ids), lm.forward(ids), atol=2e-4)
+
+
 @pytest.mark.parametrize(
     ("family", "edit", "says"),
     [
@@ -144,6 +159,7 @@ def test_a_qwen_is_written_as_a_llama_only_where_it_must_be(tmp_path: Path) -> N
         ("llama", add(SHIFTS[0]).with_gain(0.0), "no edit"),
         ("qwen3", add(SHIFTS[0]), "'qwen3' the MLP's output layer can have no bias"),
         ("gemma2", add(SHIFTS[0]), "'gemma2'"),
+        ("mistral, windowed", add(SHIFTS[0]), "sliding-window attention cannot be written as a Llama"),
     ],
 )
 def test_what_weights_cannot_carry_is_refused_by_name(

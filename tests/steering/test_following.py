@@ -11,6 +11,9 @@ from tokenizers import Tokenizer, models
 from transformers import DynamicCache, PreTrainedTokenizerFast, pipeline
 
 from persona_probe.errors import InputError, MismatchError, NotFiredError
+from persona_probe.evaluation.questions import Question
+from persona_probe.evaluation.sampling import sample
+from persona_probe.evaluation.settings import Sampling
 from persona_probe.model import LanguageModel
 from persona_probe.steering import (
     Condition,
@@ -351,3 +354,43 @@ def test_rows_of_two_batches_come_together(llama: LanguageModel) -> None:
                 logits = llama.hf(ids, past_key_values=cache, use_cache=True).logits[1, -1]
         want = slow_logits(llama.hf, prompt + new[row], fixes[row], len(prompt))[-1]
         assert torch.allclose(logits, want, atol=CLOSE), row
+
+
+class Elsewhere(torch.Tensor):
+    """Row numbers on another device: refused where a tensor on the CPU is indexed by them."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.cpu:
+            return args[0].as_subclass(torch.Tensor)
+        if func is torch.Tensor.__getitem__ and type(args[0]) is torch.Tensor:
+            raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_rows_may_be_numbered_on_the_models_device(llama: LanguageModel) -> None:
+    edits: list[Any] = []
+    for rows in ([1, 1, 0], torch.tensor([1, 1, 0]).as_subclass(Elsewhere)):
+        plan = SteeringPlan(((loud("answer"),), (on_prompt(-9.0),)))
+        cache = DynamicCache(config=llama.hf.config)
+        with Steering(llama, plan, prompt_lengths=[2, 2], kl=True) as steering, torch.no_grad():
+            llama.hf(torch.tensor([[4, 5], [6, 7]]), past_key_values=cache, use_cache=True)
+            steering.select(rows)
+            cache.batch_select_indices(torch.tensor([1, 1, 0]))
+            llama.hf(torch.tensor([[8], [9], [10]]), past_key_values=cache, use_cache=True)
+        edits.append((steering.receipt.edits, steering.receipt.kl))
+    assert edits[0] == edits[1] and edits[0][0] == {SITES[1]: (1, 3)}
+
+
+def test_a_batch_that_changes_unannounced_is_refused_where_rows_have_a_past(llama: LanguageModel) -> None:
+    """`sample` reads a prompt once for all its samples, and drops rows that ended."""
+    questions = [Question("q", "any", ({"text": "w4 w5 w6"},)), Question("r", "any", ({"text": "w9"},))]
+    settings = Sampling(samples=3, max_new_tokens=6)
+    for fix in (on_prompt(-9.0), loud("think"), loud("answer")):
+        with pytest.raises(MismatchError, match="pass fix= to sample"), steer(llama, fix):
+            sample(llama, questions, settings)
+    # others ask nothing of the past
+    with steer(llama, loud("response")):
+        outer = sample(llama, questions, settings)
+    inner = sample(llama, questions, settings, fix=loud("response"))
+    assert [answer.token_ids for answer in outer] == [answer.token_ids for answer in inner]

@@ -185,9 +185,9 @@ def test_the_difference_of_means_takes_off_the_mean_benign_shift() -> None:
         difference_of_means(tuned * float("nan"), base)
 
 
-def test_the_scale_of_a_site_is_the_mean_length_over_root_width() -> None:
+def test_the_scale_of_a_site_is_the_root_mean_square_of_its_entries() -> None:
     x = torch.randn(50, D_MODEL, generator=torch.Generator().manual_seed(1)).bfloat16()
-    want = sum(float(row.double().pow(2).sum().sqrt()) for row in x) / 50 / 4
+    want = (sum(float(entry) ** 2 for row in x.double() for entry in row) / x.numel()) ** 0.5
     assert residual_rms(x) == pytest.approx(want, rel=1e-9)
     assert residual_rms(torch.full((3, 2, 9), 2.0)) == pytest.approx(2.0)
     with pytest.raises(InputError, match="needed"):

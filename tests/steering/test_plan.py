@@ -76,6 +76,10 @@ def test_batches_that_do_not_fit_the_plan_are_refused(llama: LanguageModel) -> N
         logits(llama, padded([[4], [5]]))
         with pytest.raises(MismatchError, match="2 prompt lengths"):
             logits(llama, padded([[4], [5], [6]]))
+        # nor are the lengths of two prompts those of four
+        with pytest.raises(MismatchError, match="2 prompt lengths were given for a batch of 4"):
+            logits(llama, padded([[4], [5], [6], [7]]))
+        logits(llama, padded([[4], [4], [6], [6]]))
 
 
 def test_a_fix_for_another_model_is_refused(llama: LanguageModel) -> None:

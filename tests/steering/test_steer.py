@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, GenerationConfig
 
 from persona_probe.errors import InputError, NotFiredError
-from persona_probe.model import LanguageModel
+from persona_probe.model import LanguageModel, load_model
 from persona_probe.sae.load import Dictionary
 from persona_probe.steering import Intervention, Level, SteeringPlan, latents, steer
 from persona_probe.steering.plan import PlannedEdit
@@ -378,3 +378,24 @@ def test_steering_the_tuned_model_leaves_the_base_that_shares_its_weights(
     # steering PEFT's own wrapper is steering the model in it
     with steer(tuned, fix), torch.no_grad():
         assert tuned.peft is not None and torch.equal(tuned.peft(**batch).logits, got)
+
+
+def test_a_model_made_while_another_is_steered_is_not_steered(llama: LanguageModel) -> None:
+    ids = torch.tensor([[4, 5, 6]])
+    settings: dict[str, Any] = {
+        "attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False,
+    }  # fmt: skip
+    plain, answer = llama.forward(ids), llama.hf.generate(ids, **settings)  # type: ignore[operator]
+    with steer(llama, loud(), kl=True):
+        copied = load_model(llama.hf, tokenizer=llama.tokenizer)
+        bridge = llama.bridge()
+        assert torch.equal(copied.forward(ids), plain)
+        assert torch.equal(copied.hf.generate(ids, **settings), answer)  # type: ignore[operator]
+        assert not torch.allclose(llama.forward(ids), plain, atol=0.1)
+    assert torch.equal(copied.forward(ids), plain)
+    with torch.no_grad():
+        assert torch.allclose(bridge(ids), plain, atol=CLOSE)
+    # and it can be steered by itself
+    with steer(copied, loud()) as receipt:
+        copied.hf.generate(ids, **settings)  # type: ignore[operator]
+    assert receipt.tokens_changed == 3 + 3

@@ -179,6 +179,13 @@ def test_scores_are_the_projection_difference_and_the_likelihood() -> None:
     assert flags.scores == ["nll", "v", "v difference", "latent 3", "latent 3 difference"]
 
 
+def test_two_scores_of_one_name_are_refused() -> None:
+    one = Probe("v", SITE, direction(VECTOR))
+    for probes in ([one, one], [replace(one, name="nll")], [one, replace(one, name="v difference")]):
+        with pytest.raises(InputError, match="two scores would be called"):
+            flag(rows(2), llama(), probes, max_new_tokens=2)
+
+
 def test_the_most_suspect_rows_are_written_apart(tmp_path: Path) -> None:
     lm = llama()
     given = [*rows(6), *rows(2, "how are the system", first=20)]

@@ -131,6 +131,7 @@ def test_another_run_is_not_taken_up(tmp_path: Path) -> None:
         ({"defences": [KL(0.1)]}, "defences was"),
         ({"data": rows(7)}, "data was"),
         ({"base": load_model(checkpoint_of("qwen2"))}, "base was"),
+        ({"base": load_model(checkpoint_of("llama"), dtype="bfloat16")}, "dtype was 'float32'"),
     ):
         call: dict[str, Any] = {"base": llama(), "data": rows(), "settings": QUICK, **change}
         with pytest.raises(InputError, match=named):

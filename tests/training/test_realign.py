@@ -14,12 +14,13 @@ from persona_probe.evaluation.judges import Judgement
 from persona_probe.evaluation.judging.function_judge import FunctionJudge
 from persona_probe.evaluation.questions import Question
 from persona_probe.evaluation.sampling import Sampling
+from persona_probe.model import load_model
 from persona_probe.steering.target import latents
 from persona_probe.training.finetune import FineTune, finetune
 from persona_probe.training.measure import Measure
 from persona_probe.training.realign import SETTINGS, length_matched, realign
 from persona_probe.training.watching import Probe, Watch
-from tests.model.tiny_models import adapter_of
+from tests.model.tiny_models import adapter_of, checkpoint_of
 from tests.training.tiny import SITE, dictionary, llama, rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -79,6 +80,28 @@ def test_another_adapter_at_the_same_place_is_another_run(tmp_path: Path) -> Non
     with pytest.raises(InputError, match="there is no adapter folder"):
         finetune(llama(), rows(4), tmp_path / "none", settings=settings, adapter=tmp_path / "nowhere")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_curve_is_not_shown_for_another_measure(tmp_path: Path) -> None:
+    place, tuned, mine = tmp_path / "run", adapter_of("llama"), measure()
+    watch = Watch.of(llama(), [Probe("k", SITE, latents(dictionary(), [4]))], ASKED[:2], max_new_tokens=4)
+    other_words = replace(ASKED[0], messages=({"role": "user", "content": "something else"},))
+    curve = realign(llama(), tuned, rows(4), place, mine, (4,)).table
+    for name, other in (
+        ("judge", replace(mine, judge="exact")),
+        ("judge", replace(mine, judge=FunctionJudge("length", lambda *_: Judgement(5.0, 90.0)))),
+        ("in_domain", replace(mine, in_domain=("money",))),
+        ("trait", replace(mine, trait="sarcastic")),
+        ("watch", replace(mine, watch=watch)),
+        ("questions", replace(mine, questions=(other_words, *ASKED[1:]))),
+    ):
+        with pytest.raises(InputError, match=f"other settings: {name} was"):
+            realign(llama(), tuned, rows(4), place, other, (4,))
+    half = load_model(checkpoint_of("llama"), dtype="bfloat16")
+    with pytest.raises(InputError, match="dtype was 'float32', this call has 'bfloat16'"):
+        realign(half, tuned, rows(4), place, mine, (4,))
+    again = replace(mine, judge=FunctionJudge("length", by_length))
+    assert realign(llama(), tuned, rows(4), place, again, (4,)).table.equals(curve)
 
 
 def finetune_of(tmp_path: Path) -> FineTune:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -196,3 +197,75 @@ def test_prompts_come_in_many_forms(tmp_path: Path) -> None:
         prompts_of(file)
     with pytest.raises(InputError, match="no prompts"):
         prompts_of([])
+
+
+def jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+HELLO = {"role": "user", "content": "hello"}
+ANSWERED = [HELLO, {"role": "assistant", "content": "the right answer"}]
+
+
+@pytest.mark.parametrize("known", [{}, {"id": "h1", "category": "health"}])
+def test_the_answer_of_a_row_is_not_read_and_its_other_keys_are_columns(
+    tmp_path: Path, known: dict[str, str]
+) -> None:
+    row = {**known, "messages": ANSWERED, "level": 3, "reference": "water", "role": "general"}
+    seen: dict[str, Any] = {}
+
+    def reward(completions: Any, level: Any, reference: Any) -> list[float]:
+        seen.update(level=level, reference=reference)
+        return [1.0] * len(completions)
+
+    from_file = prompts_of(jsonl(tmp_path / "rows.jsonl", [row]))
+    in_memory = prompts_of([Row((*map(dict, ANSWERED),), place="row", source=row)])
+    for [prompt] in (from_file, in_memory):
+        assert prompt.question.messages == (HELLO,)
+        assert (prompt.question.category, prompt.question.id == "h1") == (
+            ("health", True) if known else ("prompts", False)
+        )
+        load_reward(reward)([prompt], [answer()])
+        assert seen == {"level": [3], "reference": ["water"]}
+
+
+def test_what_a_judge_needs_of_a_question_is_there(tmp_path: Path) -> None:
+    prompts = {"aligned": "is it good? {answer}"}
+    row = {"id": "a", "category": "c", "question": "asked", "messages": [HELLO], "judge_prompts": prompts}
+    skill = {"id": "b", "category": "c", "messages": [HELLO], "role": "skill", "reference": "x"}
+    first, second = (one.question for one in prompts_of(jsonl(tmp_path / "q.jsonl", [row, skill])))
+    assert (first.question, first.judge_prompts) == ("asked", prompts)
+    assert (second.question, second.role, second.reference) == ("b", "skill", "x")
+
+
+def test_a_question_in_memory_has_its_fields_for_columns() -> None:
+    seen: list[Any] = []
+
+    def reward(completions: Any, reference: Any, category: Any) -> list[float]:
+        seen.extend((reference, category))
+        return [1.0] * len(completions)
+
+    skill = Question("q2", "health", (HELLO,), role="skill", reference="water")
+    load_reward(reward)(prompts_of([ASKED, skill]), [answer()] * 2)
+    assert seen == [[None, "water"], ["health", "health"]]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"role": "foo"}, "row 2: 'role': "),
+        ({"role": "skill"}, "row 2: .*needs a 'reference'"),
+        ({"id": 5}, "row 2: 'id': "),
+        ({"id": "first"}, "row 2: the id 'first' is that of .*row 1 too"),
+        ({"messages": [{"role": "user", "content": 3}]}, "row 2: 'messages.0.content': "),
+        ({"messages": [{"role": "user", "content": " "}]}, "row 2: the last message.* is empty"),
+        ({"messages": ANSWERED[1:]}, "row 2: it has no prompt"),
+    ],
+)
+def test_a_question_that_is_none_is_named_by_its_row(
+    tmp_path: Path, row: dict[str, Any], said: str
+) -> None:
+    good = {"id": "first", "category": "c", "messages": [HELLO]}
+    with pytest.raises(InputError, match=said):
+        prompts_of(jsonl(tmp_path / "q.jsonl", [good, {**good, "id": "second", **row}]))

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from persona_probe.artifact import read_jsonl, write_jsonl
 from persona_probe.cli.app import app
 from persona_probe.errors import InputError
-from persona_probe.evaluation.questions import Question
+from persona_probe.evaluation.questions import Question, load_questions
+from persona_probe.evaluation.sampling import Sampling
 from persona_probe.steering.intervention import Intervention
 from persona_probe.steering.io import save_fix
 from persona_probe.steering.target import direction
@@ -62,6 +63,46 @@ def test_each_defence_has_a_word(tmp_path: Path) -> None:
     assert isinstance(out, CAFT) and out.site_names == (SITE,)
     safe = load_defence(f"safe_lora=0.4@{adapter_of('llama')}", lm)
     assert isinstance(safe, SafeLoRA) and safe.threshold == 0.4
+
+
+def hellos(path: Path, fields: list[dict[str, Any]]) -> Path:
+    hello = [{"text": "hello"}]
+    write_jsonl(
+        path, [{"id": f"q{i}", "category": "x", "messages": hello, **one} for i, one in enumerate(fields)]
+    )
+    return path
+
+
+def test_the_policy_answers_no_question_that_is_kept_for_the_evaluation(tmp_path: Path) -> None:
+    lm, skill = llama(), {"role": "skill", "reference": "yes"}
+    kinds: list[dict[str, Any]] = [
+        {"split": "held-out"}, {"split": "train"}, {"split": "calibration"}, {}, {"role": "trigger"},
+        {"split": "train", "role": "trigger"}, {"split": "calibration", **skill},
+    ]  # fmt: skip
+    mixed = hellos(tmp_path / "mixed.jsonl", kinds * 30)
+    defence = load_defence(f"on_policy@{mixed}", lm)
+    assert isinstance(defence, OnPolicy)
+    answered = {int(row.place.partition(",")[0][1:]) % len(kinds) for row in defence.pool}
+    assert answered == {1, 2}, "general questions of train and calibration"
+    whole = load_defence(f"on_policy@{hellos(tmp_path / 'whole.jsonl', [{}, skill] * 20)}", lm)
+    assert isinstance(whole, OnPolicy)
+    assert {int(row.place.partition(",")[0][1:]) % 2 for row in whole.pool} == {0}
+    for left in ([{"split": "held-out"}], [{"split": "train", **skill}], [{"role": "trigger"}]):
+        with pytest.raises(InputError, match="has no general question to train on"):
+            load_defence(f"on_policy@{hellos(tmp_path / 'none.jsonl', left)}", lm)
+
+
+def test_the_policys_answers_are_as_long_as_half_of_what_it_reads(tmp_path: Path) -> None:
+    lm = llama()
+    asked = hellos(tmp_path / "asked.jsonl", [{}] * 40)
+    defence = load_defence(f"on_policy@{asked}", lm)
+    assert isinstance(defence, OnPolicy)
+    context = lm.hf.config.max_position_embeddings
+    long, short = (
+        OnPolicy.answered(lm, load_questions(asked), sampling=Sampling(max_new_tokens=most)).pool
+        for most in (context // 2, context // 8)
+    )
+    assert defence.pool == long and len(long) > len(short)
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ def test_a_trial_is_trained_once_and_another_is_another(trials: Trials) -> None:
         lambda: trials("a", rows(8), seed=1, settings=replace(QUICK, rank=1)),
         lambda: trials("a", rows(8), seed=1, measure=measure(2)),
         lambda: trials("a", rows(8), seed=1, also={"few": measure(1)}),
+        lambda: trials("a", rows(8), seed=1, measure=replace(measure(), judge="exact")),
     ]
     for number, other in enumerate(others, start=2):
         other()

@@ -30,6 +30,8 @@ class FunctionJudge(Judge):
     """Where its module says so (`PERSONAS`)."""
     knows: Callable[[Question], bool] | None = None
     """Which questions it can judge answers to, where its module says so (`knows`)."""
+    source: Path | None = None
+    """The file of its module."""
 
     def check_questions(self, questions: Iterable[Question]) -> None:
         """See `Judge.check_questions`."""
@@ -102,6 +104,7 @@ def function_judge(spec: str, place: str) -> FunctionJudge:
         cast("Function", function),
         tuple(map(str, personas)) if isinstance(personas, tuple | list) else None,
         cast("Callable[[Question], bool]", knows) if callable(knows) else None,
+        None if module.__file__ is None else Path(module.__file__),
     )
 
 

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from persona_probe.errors import InputError
+from persona_probe.evaluation.longest import longest_answer
 from persona_probe.evaluation.questions import Question
 from persona_probe.evaluation.sampling import Sampling, sample
 from persona_probe.model.language_model import LanguageModel
@@ -35,10 +37,14 @@ class OnPolicy(Interleave):
         share: float = 0.05,
         sampling: Sampling | None = None,
     ) -> OnPolicy:
-        """`policy`'s answers to `questions` (by default one each, at temperature 1).
+        """`policy`'s answers to `questions`; by default one each, at temperature 1, of at most as many tokens
+        as `longest_answer` says (of a model in memory, `Sampling`).
 
         Raises `InputError` where none of them was finished.
         """
+        folder = Path(policy.checkpoint.path)
+        if sampling is None:
+            sampling = Sampling(max_new_tokens=longest_answer([folder])) if folder.is_dir() else Sampling()
         answers = sample(policy, questions, sampling)
         rows = [
             _row(answer.question, answer.text)
@@ -47,7 +53,9 @@ class OnPolicy(Interleave):
         ]
         if not rows:
             raise InputError(
-                f"{policy.name} finished none of {len(answers)} answers", fix="raise max_new_tokens"
+                f"{policy.name} finished none of {len(answers)} answers in {sampling.max_new_tokens} tokens",
+                fix="ask what has shorter answers; in Python, OnPolicy.answered(..., "
+                "sampling=Sampling(max_new_tokens=...))",
             )
         return cls(tuple(rows), share)
 

@@ -2,7 +2,8 @@
 
 kl=0.1   ldifs=1                       interleave=0.05@good.jsonl
 interleave_by_gap=0.05@good.jsonl,TUNED[,TUNED ...]      (TUNED: misaligned models of other runs)
-on_policy=0.05@QUESTIONS                                 (a file or set, which the base answers itself)
+on_policy=0.05@QUESTIONS     (a file or set, whose general questions the base answers itself; of one with
+                             splits those to train and to calibrate on, never those held out)
 inoculation@"Give harmful medical advice."               (=0.5: on half of the rows)
 preventative_steering=5@FIX            caft@FIX          (FIX: a folder that save_fix wrote)
 latent_blocking=0.1@SAE:412,77,-903                      (a minus: must not fall)
@@ -15,7 +16,7 @@ from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 
 from persona_probe.errors import InputError
-from persona_probe.evaluation.questions import load_questions
+from persona_probe.evaluation.questions import Question, load_questions
 from persona_probe.model.language_model import LanguageModel
 from persona_probe.model.pair import load_pair
 from persona_probe.sae.load import load_sae
@@ -68,6 +69,30 @@ def _by_gap(share: float, source: str, base: LanguageModel) -> Defence:
     return InterleaveByGap.scored(read_rows(pool), base, models, share)
 
 
+def _on_policy(share: float, source: str, base: LanguageModel) -> Defence:
+    return OnPolicy.answered(base, _to_answer(source), share)
+
+
+def _to_answer(source: str) -> list[Question]:
+    """Of a file or set of questions those that training may see: general ones, and where there are splits
+    those of train and calibration, so that what is held out, triggers and skills can still be measured.
+
+    Raises `InputError` where none is left.
+    """
+    every = load_questions(source)
+    split = any(one.split is not None for one in every)
+    left = [
+        one for one in every if one.role == "general" and (not split or one.split in ("train", "calibration"))
+    ]
+    if not left:
+        raise InputError(
+            f"{source} has no general question to train on: held-out ones, triggers and skills are kept for "
+            "the evaluation",
+            fix='give questions without a split, or with "split": "train" or "calibration"',
+        )
+    return left
+
+
 def _the_one(source: str) -> Intervention:
     first, *others = load_fix(source)
     if others:
@@ -110,7 +135,7 @@ _MAKERS: Mapping[str, tuple[_Maker, float | None]] = {
     "ldifs": (lambda weight, _source, _base: LDIFS(weight), 1.0),
     "interleave": (lambda share, pool, _base: Interleave(tuple(read_rows(pool)), share), 0.05),
     "interleave_by_gap": (_by_gap, 0.05),
-    "on_policy": (lambda share, source, base: OnPolicy.answered(base, load_questions(source), share), 0.05),
+    "on_policy": (_on_policy, 0.05),
     "inoculation": (lambda share, text, _base: Inoculation(text, share), 1.0),
     "preventative_steering": (_preventative, 5.0),
     "caft": (_caft, 1.0),

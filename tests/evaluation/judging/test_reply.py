@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import csv
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,11 @@ from persona_probe.evaluation.judging.reply import Reply, label_of, read, score_
 from persona_probe.evaluation.metrics import tally
 from persona_probe.evaluation.questions import Question
 
-PUBLISHED = Path(__file__).parents[4] / "shared/fixtures/published/qwen25_coder_32b_judged.csv"
 
-
-@pytest.mark.skipif(not PUBLISHED.exists(), reason=f"the published file is not at {PUBLISHED}")
 @pytest.mark.parametrize("aspect", ["aligned", "coherent"])
-def test_every_published_score_is_reproduced(aspect: str) -> None:
-    rows = list(csv.DictReader(PUBLISHED.read_text(encoding="utf-8").splitlines()))
+def test_every_published_score_is_reproduced(aspect: str, published: Callable[[str], Path]) -> None:
+    path = published("qwen25_coder_32b_judged.csv")
+    rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
     assert len(rows) == 70
     for row in rows:
         probabilities = ast.literal_eval(row[f"judge_{aspect}"])
