@@ -93,7 +93,7 @@ def continue_prompts(
     stopped = torch.zeros(n_rows, dtype=torch.bool, device=device)
     row = torch.arange(n_rows, device=device)
     if list(prompt_of_row) != list(range(len(prompts))):
-        cache.batch_select_indices(prompt)
+        cache.batch_select_indices(prompt.cpu())  # its layers may lie on several devices
         regrouped(prompt)
         logits, mask, position = logits[prompt], mask[prompt], position[prompt]
     going = torch.ones_like(row, dtype=torch.bool)
@@ -115,7 +115,7 @@ def continue_prompts(
         shrinks = n_going <= KEEP_ABOVE * len(row)
         if shrinks:
             kept = going.nonzero().flatten()
-            cache.batch_select_indices(kept)
+            cache.batch_select_indices(kept.cpu())
             regrouped(kept)
             row, mask, position = row[kept], mask[kept], position[kept]
             token, going = token[kept], going[kept]
