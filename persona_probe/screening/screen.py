@@ -3,7 +3,8 @@
 1. candidates: at every site, latents by |Δ| and by |difference in differences|, rising and falling;
 2. attribution: one backward pass ranks them all (first order);
 3. margin: the exact edit, teacher-forced, on every survivor; sets of up to five grow greedily from the
-   best, within a block or across blocks, once at gain 1 (necessity) and once at gain 2 (control);
+   best, within a block or across blocks, at gain 1 (necessity) and at gain 2 (control), on every token
+   and on the last prompt token;
 4. generation and judge, only for what is left: dose-response of the cure in the tuned model and of
    inducing in the base, settings chosen under an incoherence budget, in a race (see `racing`).
 
@@ -27,6 +28,7 @@ from persona_probe.screening.calibrate import (
     Bench,
     Budget,
     Dose,
+    Knob,
     Rates,
     about_as_good,
     cures,
@@ -39,6 +41,8 @@ from persona_probe.screening.evidence import SiteEvidence, mean_differences
 from persona_probe.screening.margin import Contrast, restored
 
 Progress = Callable[[str], None]
+TRIED = tuple(Knob(gain, where) for where in ("all", "last_prompt") for gain in (1.0, 2.0))
+"""Without generation: necessity and control, on every token and where it is decided who speaks."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +179,7 @@ def screen(
     stages["margin"] = len(kept)
 
     tell("growing sets")
-    sets = _unique([_grow(pair.tuned, contrasts, pool, gain, how) for gain in (1.0, 2.0)])
+    sets = _unique([_grow(pair.tuned, contrasts, pool, knob, how) for knob in TRIED])
     benign = any(site.benign_means for site in evidence)
     directions = _best_of(pair.tuned, contrasts, mean_differences(evidence, corrected=False), how.directions)
     if benign:
@@ -248,11 +252,11 @@ def _merit(finding: Finding) -> tuple[bool, float, int]:
 def _restored(
     lm: LanguageModel, contrasts: Sequence[Contrast], candidates: Sequence[Candidate]
 ) -> list[float]:
-    """Log-probability of the base's answers under each cure, at the better of gains 1 and 2."""
+    """Log-probability of the base's answers under each cure, as `TRIED` brings it furthest."""
     if not candidates:
         return []
-    fixes = [candidate.cure(gain) for gain in (1.0, 2.0) for candidate in candidates]
-    scores = restored(lm, contrasts, fixes).reshape(2, -1)
+    fixes = [candidate.cure(*knob) for knob in TRIED for candidate in candidates]
+    scores = restored(lm, contrasts, fixes).reshape(len(TRIED), -1)
     return scores.amax(dim=0).tolist()
 
 
@@ -268,7 +272,7 @@ def _grow(
     lm: LanguageModel,
     contrasts: Sequence[Contrast],
     pool: Sequence[Carrier],
-    gain: float,
+    knob: Knob,
     how: ScreenSettings,
 ) -> Candidate | None:
     """Add, one at a time, the latent that brings the base's answers back furthest; None below two."""
@@ -282,7 +286,7 @@ def _grow(
         ]
         if not extended:
             break
-        scores = restored(lm, contrasts, [c.cure(gain) for c in extended])
+        scores = restored(lm, contrasts, [c.cure(*knob) for c in extended])
         best = int(scores.argmax())
         if len(members) > 1 and float(scores[best]) < reached + how.set_gain:
             break
