@@ -73,7 +73,7 @@ def _claims() -> list[tuple[str, str, Callable[[Audits], str]]]:
             ),
             (f"`{tune}`: necessity", "", lambda of, tune=tune: necessity(of[tune]["necessity"])),
             (
-                f"`{tune}`: better than the best of 20 random latents",
+                f"`{tune}`: better than the best of 20 random latents and 20 directions",
                 "yes",
                 lambda of, tune=tune: {True: "yes", False: "no", None: NOTHING}[of[tune]["nulls"]["beaten"]],
             ),

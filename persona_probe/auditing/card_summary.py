@@ -73,7 +73,13 @@ def summary(card: Row) -> str:
                 )
             )
         lines.append(("induced in the base", "misaligned ≥ .25 at incoherent ≤ .12", _pair(one["induced"])))
-        lines.append((f"controls, `{one['tune']}`", "better than the best of 20 random latents", _nulls(one)))
+        lines.append(
+            (
+                f"controls, `{one['tune']}`",
+                "better than the best of 20 random latents and 20 directions",
+                _nulls(one),
+            )
+        )
     late = audits.get("bad-health-late")
     if late:
         lines.append(("late blocks only", "found at its site, or `wrong site`", f"`{late['verdict']}`"))
