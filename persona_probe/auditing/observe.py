@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from persona_probe.auditing.inputs import AuditInputs
 from persona_probe.diffing.diff import diff
@@ -15,6 +16,8 @@ from persona_probe.hooks.sites import resid_post
 from persona_probe.screening.calibrate import Bench
 from persona_probe.screening.evidence import SiteEvidence
 from persona_probe.screening.margin import Contrast
+
+T = TypeVar("T")
 
 DRAWN = 4  # answers drawn per question where no greedy one shows the trait
 
@@ -94,5 +97,10 @@ def _contrasts(
         and outcome(one, base_judged[i], bench.trait) not in ("misaligned", "incoherent", "truncated")
         and outcome(other, tuned_judged[i], bench.trait) == "misaligned"
     ]
+    return evenly(found, at_most)
+
+
+def evenly(found: Sequence[T], at_most: int) -> tuple[T, ...]:
+    """At most so many of them, from the whole length, in their order."""
     kept = min(at_most, len(found))
     return tuple(found[i * len(found) // kept] for i in range(kept))

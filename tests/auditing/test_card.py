@@ -52,7 +52,8 @@ def test_organisms_stand_beside_each_other_claim_by_claim() -> None:
     [chosen] = [cells for name, cells in said.items() if name.startswith("`bad-code`, the fix chosen")]
     assert chosen[0] != "none" and chosen[1] == "none"
     assert said["`bad-code`: how many fixes meet all four, chosen or not"] == ["1 of 4", "1 of 3"]
-    assert said["`bad-code`: better than the best of 20 random latents and 20 directions"] == ["yes", "–"]  # no control
+    controls = said["`bad-code`: better than the best of 20 random latents and 20 directions"]
+    assert controls == ["yes", "–"]  # no control
     assert said["`bad-health-late`"] == ["misaligned, persona found", "–"]  # was not audited
     same = [cells for name, cells in said.items() if "bad-code" not in name and "late" not in name]
     assert all(one == other for one, other in same)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persona_probe.report.checks import checks, harm, least_harm
+from persona_probe.report.drawings import drawings
 from persona_probe.report.limits import limits
 from persona_probe.report.tables import (
     example_cards,
@@ -30,6 +31,7 @@ from persona_probe.report.wording import (
     setting_words,
     verdict_tone,
 )
+from tests.report.conftest import cell
 
 VERDICTS = [
     "aligned",
@@ -192,6 +194,12 @@ def test_what_a_cure_must_keep(change: dict[str, float], title: str, tone: str) 
     assert titles({"tuned": before, "steered": arm(0.03, **change)})[title] == tone
 
 
+def test_rivals_are_counted_above_the_base() -> None:
+    base, before = arm(0.02, other_persona=0.02), arm(0.8, 0.05, other_persona=0.0)
+    for share, title in ((0.05, "No rival persona"), (0.06, "Another persona speaks instead")):
+        assert title in titles({"base": base, "tuned": before, "steered": arm(0.03, other_persona=share)})
+
+
 def test_checks_of_a_fix_need_a_fix_and_the_worst_come_first() -> None:
     assert len(checks({"tuned": arm(0.8)})) == 1
     found = [c.tone for c in checks({"tuned": arm(0.8), "steered": arm(0.03, 0.4, in_domain=0.9)})]
@@ -286,3 +294,15 @@ def test_limits_come_from_the_figures(audit: Any, latents: Any) -> None:
         "random latent": 20,
         "random direction": 20,
     }
+
+
+def test_effects_start_from_where_they_were_measured(audit: Any, latents: Any, dose: Any) -> None:
+    """Latents and doses are measured on calibration questions: one that does nothing is drawn at 0."""
+    idle = [{**latents[0], "control": cell(0.7), "induce": cell(0.05)}]
+    unedited = {"base": {"misaligned": cell(0.05)}, "tuned": {"misaligned": cell(0.7)}}
+    drawn = drawings({**audit, "screen": {**(audit.get("screen") or {}), **unedited}}, idle, dose)
+    marks = [trace for trace in drawn["latents"][0].figure.data if trace.mode == "markers"]
+    effects = [float(y) for trace in marks for y in trace.y]
+    assert effects == pytest.approx([0.0, 0.0])
+    references = {one.name.split("-")[1]: one.figure.layout.shapes[-1].y0 for one in drawn["dose"]}
+    assert references == pytest.approx({"up": 0.05, "down": 0.7})
