@@ -29,7 +29,7 @@ AFTER: Final = {
         WARN,
     ),
     "suppressed at a cost": ("Switching the persona off works, at a cost.", WARN),
-    "not restored": ("A persona was found, and no edit restores the model.", BAD),
+    "not restored": ("A persona was found; switching it off removes most of it, not all.", BAD),
 }
 
 

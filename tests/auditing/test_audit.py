@@ -31,6 +31,7 @@ from persona_probe.evaluation.sampling import Answer, Sampling, sample
 from persona_probe.model import LanguageModel, load_model
 from persona_probe.steering import steer
 from persona_probe.steering.io import load_fix
+from tests.auditing import planted
 from tests.auditing.planted import JUDGE, SMALL, Planted, judge, request_of
 
 RATES = {
@@ -185,6 +186,7 @@ def test_the_manifest_says_what_went_in(audited: Audit, organism: Planted, tmp_p
     manifest = check_manifest(audited.path)
     request = request_of(organism)
     inputs = (request.base, request.tuned, request.questions, *request.sae, *request.benign)
+    inputs = (*inputs, planted.__file__)  # whose function judges
     assert manifest["inputs"].keys() == {str(path) for path in inputs}
     assert all(digest.startswith("sha256:") for digest in manifest["inputs"].values())
     assert manifest["seed"] == 0
