@@ -99,12 +99,13 @@ def function_judge(spec: str, place: str) -> FunctionJudge:
             fix=f"did you mean 'python:{module_name}:{near[0]}'?" if near else None,
         )
     personas, knows = getattr(module, "PERSONAS", None), getattr(module, "knows", None)
+    source: str | None = getattr(module, "__file__", None)
     return FunctionJudge(
         spec,
         cast("Function", function),
         tuple(map(str, personas)) if isinstance(personas, tuple | list) else None,
         cast("Callable[[Question], bool]", knows) if callable(knows) else None,
-        None if module.__file__ is None else Path(module.__file__),
+        None if source is None else Path(source),
     )
 
 
