@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
-ON = "(calibration questions)"
-
-
 class Drawing(NamedTuple):
     """A figure: its place on the page, what a screen reader says of it, its title."""
 
@@ -74,7 +71,7 @@ def drawings(audit: Row, latents: Sequence[Row], dose: Sequence[Row]) -> dict[st
     if any(finite(row.get("delta")) is not None for row in latents):
         effect = figures.delta_against_effect(latents, *searched, word=word)
         label = f"Scatter of the change of each latent against its effect on {noun}"
-        found["latents"] = [Drawing("latents", label, f"What changed, and what causes {ON}", effect)]
+        found["latents"] = [Drawing("latents", label, "What changed, and what causes", effect)]
     cards = list(audit.get("cards") or [])
     if cards:
         first = cards[0]
@@ -96,8 +93,8 @@ def _doses(dose: Sequence[Row], base: float | None, tuned: float | None, word: s
     """One figure per direction and per unit: strengths in different units never share an axis."""
     found: list[Drawing] = []
     for direction, origin, title in (
-        ("up", base, f"Up in the base {ON}"),
-        ("down", tuned, f"Down in the fine-tuned model {ON}"),
+        ("up", base, "Up in the base"),
+        ("down", tuned, "Down in the fine-tuned model"),
     ):
         here = [
             row
