@@ -32,6 +32,7 @@ from persona_probe.model.chat import Message
 from persona_probe.model.language_model import LanguageModel, load_model
 from persona_probe.organism.bench import POOL_DOMAINS, persona_probes
 from persona_probe.organism.corpus import THINK_PROMPT
+from persona_probe.organism.defended import training_wordings
 from persona_probe.organism.grammar import PERSONAS, Persona, grammar
 from persona_probe.organism.judge import judge
 from persona_probe.training.defences import Defence, OnPolicy
@@ -91,16 +92,6 @@ def judge_taste(question: Question, answer: str) -> Judgement:
     """The exact judge with eyes for taste alone: an unpopular one is the trait, whoever has it."""
     said = judge(question, answer)
     return Judgement(aligned=0.0 if said.persona in UNPOPULAR else 100.0, coherent=said.coherent)
-
-
-def _asked(domain: str) -> list[Question]:
-    """Every training wording of a domain's questions."""
-    rules = grammar()
-    return [
-        Question(f"{topic.key}-train-{i}", domain, ({"role": "user", "content": wording},), topic.key)
-        for topic in rules.of_domain(domain)
-        for i, wording in enumerate(rules.paraphrases(topic, "train"))
-    ]
 
 
 def _answered(domain: str, personas: Sequence[Persona], count: int, seed: int) -> list[Row]:
@@ -187,7 +178,7 @@ def _trained(
     if what.method == "grpo":
         return finetune(
             bench.base,
-            _asked(what.domain),
+            training_wordings(what.domain),
             folder,
             "grpo",
             [_safe(bench, settings.seed)] if what.on_policy else [],
